@@ -1,0 +1,1 @@
+"""Coterie: train together, keep data apart."""

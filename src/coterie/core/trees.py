@@ -1,0 +1,101 @@
+"""Tree maths: small functions over nested dicts, tuples and lists of tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from coterie.core.types import Tree
+
+
+def map_tree(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply `function` leaf by leaf; all trees must have the same structure (ValueError names the first that differs)."""
+    leaves, structure = tree_flatten(tree)
+    columns = [leaves]
+    for other in rest:
+        others, found = tree_flatten(other)
+        if found != structure:
+            raise ValueError(f"trees differ in structure: {structure} and {found}")
+        columns.append(others)
+    return tree_unflatten([function(*row) for row in zip(*columns, strict=True)], structure)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """All leaves, in insertion order of the dicts."""
+    return tree_flatten(tree)[0]
+
+
+def named_leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("a/b/0", leaf) sorted by key within each dict."""
+    if isinstance(tree, dict):
+        for key in sorted(tree):
+            yield from named_leaves(tree[key], f"{prefix}{key}/")
+    elif isinstance(tree, tuple | list):
+        for index, item in enumerate(tree):
+            yield from named_leaves(item, f"{prefix}{index}/")
+    else:
+        yield prefix.removesuffix("/"), tree
+
+
+def add(left: Tree, right: Tree) -> Tree:
+    """left + right."""
+    return map_tree(torch.add, left, right)
+
+
+def subtract(left: Tree, right: Tree) -> Tree:
+    """left - right."""
+    return map_tree(torch.sub, left, right)
+
+
+def scale(tree: Tree, factor: float) -> Tree:
+    """factor * tree, leaf types kept."""
+    return map_tree(lambda leaf: leaf * factor, tree)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """A tree of zeros."""
+    return map_tree(torch.zeros_like, tree)
+
+
+def dot(left: Tree, right: Tree) -> Tensor:
+    """The inner product over all leaves, a float64 scalar tensor."""
+    products = leaves(map_tree(lambda a, b: torch.sum(a.double() * b.double()), left, right))
+    return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
+
+
+def norm(tree: Tree) -> Tensor:
+    """The Euclidean norm over all leaves together, a float64 scalar tensor."""
+    return torch.sqrt(dot(tree, tree))
+
+
+def detach(tree: Tree) -> Tree:
+    """Cut every leaf from its autograd graph."""
+    return map_tree(lambda leaf: leaf.detach(), tree)
+
+
+def nbytes(tree: Tree) -> int:
+    """Bytes of all tensor leaves as they would travel uncompressed; other leaves count nothing."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's elements as little-endian bytes, row-major."""
+    if sys.byteorder != "little":
+        raise NotImplementedError("Coterie's digests and files are defined on little-endian machines")
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def digest(tree: Tree) -> str:
+    """SHA-256 over sorted names, dtype, shape and raw little-endian bytes: "sha256:...". Laws 1 to 3 use it."""
+    out = hashlib.sha256()
+    for name, leaf in named_leaves(tree):
+        out.update(f"{name}\0{str(leaf.dtype).removeprefix('torch.')}\0{tuple(leaf.shape)}\0".encode())
+        out.update(raw_bytes(leaf))
+    return f"sha256:{out.hexdigest()}"
