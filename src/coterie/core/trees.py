@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from coterie.core.errors import NonFinite
 from coterie.core.types import Tree
 
 
@@ -77,6 +79,19 @@ def norm(tree: Tree) -> Tensor:
 def detach(tree: Tree) -> Tree:
     """Cut every leaf from its autograd graph."""
     return map_tree(lambda leaf: leaf.detach(), tree)
+
+
+def extent(leaf: Tensor) -> tuple[float, float]:
+    """Smallest and largest element of a non-empty tensor; NaN when it holds one."""
+    low, high = torch.aminmax(leaf.detach())
+    return float(low), float(high)
+
+
+def check_finite(tree: Tree) -> None:
+    """Raise NonFinite, naming the first leaf that holds NaN or infinity."""
+    for name, leaf in named_leaves(tree):
+        if leaf.is_floating_point() and leaf.numel() and not all(map(math.isfinite, extent(leaf))):
+            raise NonFinite(f"{name} holds NaN or infinity")
 
 
 def nbytes(tree: Tree) -> int:

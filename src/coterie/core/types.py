@@ -49,6 +49,7 @@ class Reply:
     up: Tree
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    samples: int = 0  # how many examples the training saw, repeats included
     answers: tuple[tuple[ClientId, int], ...] = ()  # non-empty: `up` is an unfinished accumulator of these
 
 
@@ -111,7 +112,7 @@ class ClientWork(NamedTuple):
     gradient: Callable[..., tuple[Params, Tree]]  # objective, params, batch, mask, carry, key -> grads, carry
     optimizer: Callable[[Tree], Optimizer]  # carry -> Optimizer (per-client learning rates)
     finish: Callable[..., tuple[Tree, Tree]]  # params, down, carry, steps -> up, memory
-    remember: Callable[[Tree], Tree]  # down -> a new client's memory (None: it keeps none)
+    remember: Callable[[Tree], Tree] | None  # down -> a new client's memory; None: clients keep none
 
 
 class Aggregator(NamedTuple):

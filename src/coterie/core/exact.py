@@ -1,0 +1,156 @@
+"""Exact sums: a weighted mean whose bits do not depend on the order or the nesting of the additions.
+
+Law 2 rests on this file. Each product x = weight * value (float64) is cut on two fixed grids:
+hi = x rounded to a multiple of 2^-16, lo = (x - hi) rounded to a multiple of 2^-56, by the classic
+(x + M) - M with M = 1.5 * 2^52 * grid. Sums of multiples of one grid are exact in float64 as long as
+they stay below 2^53 grid steps, and exact additions commute and associate. `lo` is carried into `hi`
+before it can fill up, which changes neither the exact value of hi + lo nor, therefore, the result:
+finishing rounds hi + lo once and divides by the sum of weights, kept as an exact rational.
+
+Error: at most 2^-57 a reply (absolute, on weight * value), plus the one rounding of the product and
+the two of finishing. Range: sums of |weight * value| below 2^35 = 3.4e10, else OutOfRange.
+Memory: 16 bytes a parameter, whatever the number of replies. Time: about 5 times a float32 axpy
+(`benchmarks/exact_sums.py`). NaN and infinity are refused on arrival, by name.
+
+Integer leaves (BatchNorm's step counter) are summed as int64, unweighted, and averaged by count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from coterie.core import trees
+from coterie.core.errors import NonFinite, OutOfRange, RunError
+from coterie.core.types import Tree
+
+HI, LO = 2.0**-16, 2.0**-56
+SHIFT_HI, SHIFT_LO = 1.5 * 2**52 * HI, 1.5 * 2**52 * LO
+LIMIT = 2**35
+CARRY_EVERY = 8192  # |lo| <= 2^-17 a reply, and lo is exact below 2^-3
+CHUNK = 1 << 15  # elements; two float64 chunks stay in the L2 cache
+
+
+def add(acc: Tree, up: Tree, weight: float | Sequence[float] | Tensor) -> Tree:
+    """Return acc + weight * up; `acc` is None at first and its memory is reused afterwards.
+
+    up: a tree of float or integer tensors; or, with n weights, the same with a leading dimension of n.
+    Raises NonFinite or OutOfRange (naming the leaf) before anything is added.
+    """
+    if isinstance(weight, Tensor | Sequence):
+        for row, each in enumerate(weight):
+            acc = add(acc, trees.map_tree(lambda leaf, row=row: leaf[row], up), float(each))
+        return acc
+    if not (math.isfinite(weight) and weight >= 0):
+        raise NonFinite(f"weight {weight} of an update: weights must be finite and >= 0")
+    bound = _bound(up, weight)
+    if acc is None:
+        acc = {
+            "hi": trees.map_tree(lambda u: torch.zeros(u.shape, dtype=_limb(u), device=u.device), up),
+            "lo": trees.map_tree(lambda u: torch.zeros(_lo_shape(u), dtype=_limb(u), device=u.device), up),
+            "like": trees.map_tree(lambda u: torch.empty(0, dtype=u.dtype), up),
+            "weight": Fraction(0),
+            "count": 0,
+            "bound": 0,
+        }
+    total = _checked(acc["bound"] + bound)
+    trees.map_tree(_check_form, acc["hi"], acc["like"], up)
+    trees.map_tree(lambda hi, lo, u: _add_leaf(hi, lo, u, weight), acc["hi"], acc["lo"], up)
+    acc = {**acc, "weight": acc["weight"] + Fraction(weight), "count": acc["count"] + 1, "bound": total}
+    if acc["count"] % CARRY_EVERY == 0:
+        trees.map_tree(_carry, acc["hi"], acc["lo"])
+    return acc
+
+
+def merge(left: Tree, right: Tree) -> Tree:
+    """Return the accumulator of all that either holds; reuses the memory of `left`."""
+    if left is None or right is None:
+        return right if left is None else left
+    total = _checked(left["bound"] + right["bound"])
+    trees.map_tree(lambda a, b: a.add_(b), left["hi"], right["hi"])
+    trees.map_tree(lambda a, b: a.add_(b), left["lo"], right["lo"])
+    trees.map_tree(_carry, left["hi"], left["lo"])
+    return {
+        **left,
+        "weight": left["weight"] + right["weight"],
+        "count": left["count"] + right["count"],
+        "bound": total,
+    }
+
+
+def mean(acc: Tree) -> tuple[Tree, float, int]:
+    """Return (weighted mean in the dtypes of the updates, sum of weights, number of updates)."""
+    if acc is None:
+        raise RunError("the mean of no updates is not defined")
+    weight, count = float(acc["weight"]), acc["count"]
+    if weight == 0:
+        raise RunError("all updates have weight 0", "give clients positive weights, or weighting = 'uniform'")
+
+    def leaf(hi: Tensor, lo: Tensor, like: Tensor) -> Tensor:
+        if hi.is_floating_point():
+            return ((hi + lo) / weight).to(like.dtype)
+        return torch.round(hi.double() / count).to(like.dtype)
+
+    return trees.map_tree(leaf, acc["hi"], acc["lo"], acc["like"]), weight, count
+
+
+def _limb(u: Tensor) -> torch.dtype:
+    if u.is_complex() or u.dtype == torch.bool:
+        raise TypeError(f"updates are made of float or integer tensors, not {u.dtype}")
+    return torch.float64 if u.is_floating_point() else torch.int64
+
+
+def _lo_shape(u: Tensor) -> torch.Size:
+    return u.shape if u.is_floating_point() else torch.Size([0])
+
+
+def _checked(bound: int) -> int:
+    if bound >= LIMIT:
+        raise OutOfRange(
+            f"the sum of |weight * value| may reach {bound:.3g}, beyond the exact range of {LIMIT:.3g}",
+            "use weighting = 'uniform', smaller cohorts, or scale the model's buffers down",
+        )
+    return bound
+
+
+def _bound(up: Tree, weight: float) -> int:
+    """An integer (so that its sum is exact too) >= max |weight * value|."""
+    trees.check_finite(up)
+    largest = 0.0
+    for leaf in trees.leaves(up):
+        if leaf.is_floating_point() and leaf.numel():
+            low, high = trees.extent(leaf)
+            largest = max(largest, -low, high)
+    return math.ceil(largest * weight)
+
+
+def _check_form(hi: Tensor, like: Tensor, u: Tensor) -> None:
+    if u.shape != hi.shape or u.dtype != like.dtype:
+        raise ValueError(
+            f"an update of {u.dtype} {tuple(u.shape)} among updates of {like.dtype} {tuple(hi.shape)}"
+        )
+
+
+def _add_leaf(hi: Tensor, lo: Tensor, u: Tensor, weight: float) -> None:
+    u, hi = u.detach().reshape(-1), hi.view(-1)
+    if not u.is_floating_point():
+        hi.add_(u)
+        return
+    lo = lo.view(-1)
+    step = CHUNK if u.device.type == "cpu" else max(u.numel(), 1)
+    for start in range(0, u.numel(), step):
+        x = u[start : start + step].double() * weight
+        rounded = (x + SHIFT_HI).sub_(SHIFT_HI)
+        hi[start : start + step].add_(rounded)
+        lo[start : start + step].add_(x.sub_(rounded).add_(SHIFT_LO).sub_(SHIFT_LO))
+
+
+def _carry(hi: Tensor, lo: Tensor) -> None:
+    if hi.is_floating_point():
+        whole = (lo + SHIFT_HI).sub_(SHIFT_HI)
+        hi.add_(whole)
+        lo.sub_(whole)

@@ -1,0 +1,220 @@
+"""Gathering replies: the sub-plan that every schedule is made of, alone or below a relay.
+
+`got = yield from gather(...)` sends tasks, folds what comes back in whatever order, and ends when all
+have answered, enough have, or the deadline has passed. Nobody waits for the rest: they are cancelled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+from coterie.core import trees
+from coterie.core.errors import NonFinite
+from coterie.core.types import Action, Aggregator, Cancel, ClientId, Lost, Plan, Reply, Task, Tick, Timer, Tree
+
+OnNan = Literal["stop", "drop"]
+
+
+class Fold(NamedTuple):
+    """What has come in so far: a monoid again, so relays forward it unfinished. A Tree, so it travels."""
+
+    acc: Tree  # the aggregator's accumulator
+    metrics: dict[str, tuple[Fraction, Fraction]]  # name -> exact (sum of weight * value, sum of weights)
+    samples: int  # seen in training
+    bytes_up: int
+    lost: int
+
+
+@dataclass
+class Gathered:
+    """A finished gathering: the fold, and which task of which client was accepted."""
+
+    fold: Fold
+    accepted: dict[ClientId, int] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """Weighted means of what the clients measured while training."""
+        return {name: float(total / weight) for name, (total, weight) in sorted(self.fold.metrics.items()) if weight}
+
+
+def empty(aggregator: Aggregator) -> Fold:
+    """The fold of nothing."""
+    return Fold(aggregator.init(), {}, 0, 0, 0)
+
+
+def take(fold: Fold, aggregator: Aggregator, reply: Reply, scale: float = 1.0) -> Fold:
+    """Fold one reply in, its weight times `scale` (staleness). Raises NonFinite naming the client."""
+    if reply.answers:
+        return merge(fold, aggregator, Fold(*reply.up))
+    client, weight = reply.task.client, reply.weight * scale
+    for name, value in reply.metrics.items():
+        if not math.isfinite(value):
+            raise NonFinite(f"client {client}, version {reply.task.version}: {name} is {value}")
+    try:
+        trees.check_finite(reply.up)  # all of it, before any part of it is added
+    except NonFinite as error:
+        raise NonFinite(f"client {client}, version {reply.task.version}: {error.args[0]}") from None
+    acc = aggregator.add(fold.acc, reply.up, weight)
+    exact = Fraction(weight)
+    metrics = {name: (Fraction(value) * exact, exact) for name, value in reply.metrics.items()}
+    return Fold(
+        acc,
+        _joined(fold.metrics, metrics),
+        fold.samples + reply.samples,
+        fold.bytes_up + trees.nbytes(reply.up),
+        fold.lost,
+    )
+
+
+def merge(left: Fold, aggregator: Aggregator, right: Fold) -> Fold:
+    """The fold of all that either holds."""
+    return Fold(
+        aggregator.merge(left.acc, right.acc),
+        _joined(left.metrics, right.metrics),
+        left.samples + right.samples,
+        left.bytes_up + right.bytes_up,
+        left.lost + right.lost,
+    )
+
+
+def gather(
+    aggregator: Aggregator,
+    tasks: Sequence[Task],
+    *,
+    timer: int = -1,
+    enough: int | None = None,
+    deadline: float | None = None,
+    on_nan: OnNan = "stop",
+) -> Plan[Gathered]:
+    """Send the tasks and fold the replies.
+
+    timer: an unused id of the plan's, for the deadline. enough: stop after that many replies (None: all).
+    deadline: seconds after which the rest count as lost. on_nan: "drop" counts a client whose update or
+    loss is not finite as lost; "stop" raises NonFinite.
+    """
+    waiting = {task.id: task for task in tasks}
+    got = Gathered(empty(aggregator))
+    actions: list[Action] = [*tasks]
+    if deadline is not None:
+        actions.append(Timer(timer, deadline))
+    while waiting and (enough is None or len(got.accepted) < enough):
+        event = yield actions
+        actions = []
+        if isinstance(event, Tick):
+            if event.id == timer:
+                _lose(got, (f"{task.client}: no reply after {deadline} s" for task in waiting.values()))
+                break
+            continue
+        if waiting.pop(event.task.id, None) is None:
+            continue
+        if isinstance(event, Lost):
+            _lose(got, [f"{event.task.client}: {event.reason}"])
+            continue
+        try:
+            got.fold = take(got.fold, aggregator, event)
+        except NonFinite as error:
+            if on_nan == "stop":
+                raise
+            _lose(got, [str(error)])
+            continue
+        got.accepted.update(event.answers or [(event.task.client, event.task.id)])
+    rest = [Cancel(task) for task in waiting]
+    if deadline is not None:
+        rest.append(Cancel(timer))
+    if rest:
+        yield rest
+    return got
+
+
+def ask(tasks: Sequence[Task]) -> Plan[dict[ClientId, Reply]]:
+    """One exchange with many: send the tasks and return every reply, by client. The lost are absent."""
+    waiting = {task.id for task in tasks}
+    replies: dict[ClientId, Reply] = {}
+    actions: Sequence[Action] = tasks
+    while waiting:
+        event = yield actions
+        actions = []
+        if isinstance(event, Reply | Lost) and event.task.id in waiting:
+            waiting.remove(event.task.id)
+            if isinstance(event, Reply):
+                replies[event.task.client] = event
+    return replies
+
+
+def fold_task(
+    task: Task, aggregator: Aggregator, *, on_nan: OnNan = "stop"
+) -> Generator[Sequence[Action], Any, Reply]:
+    """A relay's work on one "fold" Task: tasks below, then one Reply with the unfinished accumulator.
+
+    task.config: "tasks" [[client, task id, memory generation], ...] with ids that the sender allotted,
+    "local" their config, "timer" and "deadline" as in `gather`.
+    """
+    below = [
+        Task(id, client, task.version, task.round, task.down, config=task.config["local"], memory=memory)
+        for client, id, memory in task.config["tasks"]
+    ]
+    got = yield from gather(
+        aggregator, below, timer=task.config["timer"], deadline=task.config["deadline"], on_nan=on_nan
+    )
+    return Reply(task, tuple(got.fold), 0.0, answers=tuple(got.accepted.items()))
+
+
+def interleave(job: Callable[[Task], Generator[Sequence[Action], Any, Reply]]) -> Plan[None]:
+    """A relay that serves several Tasks at once: one sub-plan each; events go to the one that asked."""
+    live: dict[int, Generator[Sequence[Action], Any, Reply]] = {}  # incoming task -> its sub-plan
+    owner: dict[int, int] = {}  # id of an outgoing task or timer -> incoming task
+
+    def advance(key: int, event: Any) -> list[Action]:
+        out: list[Action] = []
+        try:
+            while True:
+                actions = live[key].send(event)
+                out += actions
+                for action in actions:
+                    if isinstance(action, Task | Timer):
+                        owner[action.id] = key
+                    elif isinstance(action, Cancel):
+                        owner.pop(action.id, None)
+                if awaits(actions):
+                    return out
+                event = None
+        except StopIteration as stop:
+            del live[key]
+            return [*out, stop.value]
+
+    actions: list[Action] = []
+    while True:
+        event = yield actions
+        if isinstance(event, Task):
+            live[event.id] = job(event)
+            actions = advance(event.id, None)
+        else:
+            key = owner.pop(event.id if isinstance(event, Tick) else event.task.id, None)
+            actions = advance(key, event) if key in live else []
+
+
+def awaits(actions: Sequence[Action]) -> bool:
+    """Does a yield of these wait for an event? Nothing but commits and cancellations is answered at once."""
+    return not actions or any(isinstance(action, Task | Timer | Reply) for action in actions)
+
+
+def _lose(got: Gathered, reasons: Iterable[str]) -> None:
+    new = list(reasons)
+    got.reasons += new
+    got.fold = got.fold._replace(lost=got.fold.lost + len(new))
+
+
+def _joined(
+    left: Mapping[str, tuple[Fraction, Fraction]], right: Mapping[str, tuple[Fraction, Fraction]]
+) -> dict[str, tuple[Fraction, Fraction]]:
+    zero = (Fraction(0), Fraction(0))
+    names = {**left, **right}
+    return {
+        name: tuple(a + b for a, b in zip(left.get(name, zero), right.get(name, zero), strict=True))  # type: ignore[misc]
+        for name in names
+    }

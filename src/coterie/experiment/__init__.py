@@ -1,0 +1,15 @@
+"""Reads a config, joins the parts, refuses pairs that cannot work, runs, compares, reports. Knows every room.
+
+Read `run` first: what happens from a config to a report. `assemble` makes the parts, `parts` turns a section
+of a config into a function call, `baselines` trains centrally and alone, `report` and `plots` show it.
+"""
+
+from coterie.experiment.assemble import Parts, assemble, load_dataset, load_population
+from coterie.experiment.config import Config, data_folders, load, nearest, to_toml
+from coterie.experiment.records import Progress, Result
+from coterie.experiment.run import run
+
+__all__ = [
+    "Config", "Parts", "Progress", "Result", "assemble", "data_folders", "load", "load_dataset",
+    "load_population", "nearest", "run", "to_toml",
+]  # fmt: skip

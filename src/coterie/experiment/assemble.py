@@ -1,0 +1,289 @@
+"""From a config to the parts of a run, joined; pairs that cannot work are refused, with the way out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.aggregators import krum, mean
+from coterie.algorithms import ALGORITHMS, OPTIMIZERS, Local, gradient
+from coterie.backends import DURATIONS, InProcess, drop_out
+from coterie.core import Aggregator, Algorithm, ConfigError, derive, fold_task, interleave, seeded
+from coterie.data import DATASETS, PARTITIONS, Dataset, Population, from_torch, populate
+from coterie.experiment import parts
+from coterie.experiment.config import Config, data_folders
+from coterie.models import MODELS
+from coterie.schedules import SCHEDULES, STALENESS, Buffered, Gossip
+from coterie.trainers import Custom, Loop, Problem
+
+TRAINERS = ("auto", "loop", "custom")
+AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = {"krum": krum, "mean": mean}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a run needs, built and checked; nothing has been written or trained yet."""
+
+    config: Config
+    population: Population
+    problem: Problem
+    initial: Any  # the model before training: {"params", "buffers"}
+    local: Local
+    algorithm: Algorithm
+    schedule: Any
+    trainer: Loop | Custom
+    note: str  # which trainer was chosen, and why
+    test: tuple[Tensor, Tensor]  # the global test set
+
+    def backend(self, answer: Any, clock: Mapping[str, Any] | None) -> InProcess:
+        """The configured backend. answer: task -> Reply or Lost."""
+        key, system = derive(self.config.seed, "system"), self.config.system
+        duration = parts.build(
+            DURATIONS, system.get("duration", {"kind": "constant"}), "system.duration", {"key": key}
+        )
+        fold = partial(fold_task, aggregator=self.algorithm.aggregator, on_nan=self.config.run["on_nan"])
+        return InProcess(
+            answer,
+            duration=duration,
+            dropped=drop_out(system.get("drop_out", 0.0), key=key),
+            relays={name: partial(interleave, fold) for name in self.schedule.relays},
+            clock=clock,
+        )
+
+
+def assemble(
+    config: Config,
+    *,
+    data_dir: Path | None = None,
+    model: nn.Module | None = None,
+    dataset: Dataset | None = None,
+    fit: Callable[..., Any] | None = None,
+) -> Parts:
+    """Build every part of the config. model, dataset, fit: objects to use instead of the config's.
+
+    Raises ConfigError or DataError.
+    """
+    _refuse_unbuilt(config)
+    device = _device(config.run["device"])
+    dataset = dataset or load_dataset(config, data_dir)
+    population = load_population(config, dataset)
+    problem, initial = _problem(config, dataset, model, device)
+    local, algorithm = _algorithm(config, len(population.clients))
+    schedule = _schedule(config, population)
+    trainer, note = _trainer(config, problem, fit)
+    test = _test(population)
+    problem.check(test[0][:2], test[1][:2], len(dataset.classes) if dataset.classes else None)
+    made = Parts(config, population, problem, initial, local, algorithm, schedule, trainer, note, test)
+    made.backend(None, None)  # checks [system]
+    _refuse_pairs(made)
+    return made
+
+
+def load_dataset(config: Config, data_dir: Path | None = None) -> Dataset:
+    """The data set that `[data]` names: a kind of DATASETS, or "file.py:function" giving one."""
+    name = config.data["dataset"]
+    options = {key: value for key, value in config.data.items() if key not in ("dataset", "partition", "holdout")}
+    if ":" in name:
+        made = parts.call(parts.load_object(name, "data.dataset", config.folder), options, "data")
+        if isinstance(made, Dataset):
+            return made
+        train, test = made if isinstance(made, tuple) else (made, None)
+        return from_torch(train, test, name=name)
+    provided = {"folders": data_folders(data_dir)}
+    return parts.build(DATASETS, {"dataset": name, **options}, "data", provided, by="dataset")  # type: ignore[no-any-return]
+
+
+def load_population(config: Config, dataset: Dataset) -> Population:
+    """The data set dealt out to clients as `data.partition` says."""
+    provided = {"examples": dataset.train, "key": derive(config.seed, "partition")}
+    partition = parts.build(PARTITIONS, config.data["partition"], "data.partition", provided)
+    return populate(dataset, partition, holdout=config.data["holdout"], key=derive(config.seed, "holdout"))
+
+
+def _problem(config: Config, dataset: Dataset, model: nn.Module | None, device: torch.device) -> tuple[Problem, Any]:
+    if model is None:
+        shape = {"input_shape": dataset.input_shape, "outputs": len(dataset.classes) if dataset.classes else 1}
+        kind, options = config.model["kind"], {k: v for k, v in config.model.items() if k != "kind"}
+        with seeded(derive(config.seed, "model")):
+            if ":" in kind:
+                make = parts.load_object(kind, "model.kind", config.folder)
+                named = inspect.signature(make).parameters
+                model = make(**options, **{k: v for k, v in shape.items() if k in named and k not in options})
+            else:
+                model = parts.build(MODELS, config.model, "model", shape)
+    problem = Problem(model.to(device), dataset.task)
+    return problem, problem.model()
+
+
+def _algorithm(config: Config, population: int) -> tuple[Local, Algorithm]:
+    section = dict(config.algorithm)
+    make, _ = parts.choose(ALGORITHMS, section, "algorithm")
+    named = inspect.signature(make).parameters
+    client, server = dict(section.pop("client", {})), dict(section.pop("server", {}))
+    provided: dict[str, Any] = {"population": population, "local": None, "server": None}
+    if "local" in named:
+        provided["local"] = local = _local(client)
+    elif client:
+        raise ConfigError(
+            "algorithm.client: fedsgd's clients take no steps of their own", "set the step in algorithm.server"
+        )
+    if "server" in named:
+        provided["server"] = _optimizer(server, "algorithm.server") if server else None
+    else:
+        section |= server  # fedadam's server table holds lr, beta1, ... of the algorithm itself
+    if "aggregator" in section:
+        chosen = section.pop("aggregator")
+        if "aggregator" not in named:
+            raise ConfigError(f"algorithm.aggregator: {section['kind']} brings its own", "leave it out")
+        if chosen != {"kind": "mean"}:
+            provided["aggregator"] = parts.build(AGGREGATORS, chosen, "algorithm.aggregator")
+    if "local" not in named:  # what the baselines train with instead
+        server_side = provided["server"] or OPTIMIZERS["sgd"](0.1)
+        local = Local(optimizer=lambda lr: server_side, batch_size=None)
+    return local, parts.build(ALGORITHMS, section, "algorithm", provided)
+
+
+def _local(client: dict[str, Any]) -> Local:
+    name = client.pop("optimizer", "sgd")
+    make, _ = parts.choose(OPTIMIZERS, {"optimizer": name}, "algorithm.client", "optimizer")
+    options, steps = parts.split(
+        [make, Local], client, "algorithm.client", ("optimizer",), label=f"a client with {name}"
+    )
+    lr = options.pop("lr")
+    make(lr, **options)  # refuses bad values now
+    return parts.call(Local, {**steps, "lr": lr}, "algorithm.client", {"optimizer": partial(make, **options)})  # type: ignore[no-any-return]
+
+
+def _optimizer(section: dict[str, Any], where: str) -> Any:
+    return parts.build(OPTIMIZERS, {"optimizer": "sgd", **section}, where, by="optimizer")
+
+
+def _schedule(config: Config, population: Population) -> Any:
+    section = dict(config.schedule)
+    provided: dict[str, Any] = {
+        "key": derive(config.seed, "schedule"),
+        "size": lambda client: float(population.sizes(client)[0]),
+        "on_nan": config.run["on_nan"],
+    }
+    if isinstance(section.get("staleness"), Mapping):
+        provided["staleness"] = parts.build(STALENESS, section.pop("staleness"), "schedule.staleness")
+    return parts.build(SCHEDULES, section, "schedule", provided)
+
+
+def _trainer(config: Config, problem: Problem, fit: Callable[..., Any] | None) -> tuple[Loop | Custom, str]:
+    settings = config.backend.get("trainer", "auto")
+    section = {"kind": settings} if isinstance(settings, str) else dict(settings)
+    kind = "custom" if fit is not None else section.pop("kind", "auto")
+    if kind not in TRAINERS:
+        guess = parts.nearest(str(kind), TRAINERS)
+        raise ConfigError(
+            f"backend.trainer = {kind!r}: no such trainer",
+            (f"did you mean {guess!r}? " if guess else "") + f"there are: {', '.join(TRAINERS)}",
+        )
+    seed = derive(config.seed, "clients")
+    if kind == "custom":
+        if fit is None:
+            if "fit" not in section:
+                raise ConfigError("backend.trainer: custom needs fit", 'trainer = { kind = "custom", fit = "train.py:fit" }')
+            fit = parts.load_object(section["fit"], "backend.trainer.fit", config.folder)
+        return Custom(problem, seed, fit), "trainer: custom (your own fit)"
+    return Loop(problem, seed), "trainer: loop (one client after the other)"
+
+
+def _test(population: Population) -> tuple[Tensor, Tensor]:
+    dataset = population.dataset
+    if dataset.test is not None:
+        return dataset.prepare(dataset.test.x), dataset.test.y
+    test = population.pooled().test
+    if not len(test[1]):
+        raise ConfigError(
+            f"{dataset.name} has no test set and data.holdout = {population.holdout} keeps none",
+            "set data.holdout = 0.1, or give the data set a test part",
+        )
+    return test
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"run.device = {name!r}: {str(error).splitlines()[0]}", 'use "cpu"') from None
+    return device
+
+
+def _refuse_unbuilt(config: Config) -> None:
+    """Name what a config may hold one day, and this version does not have."""
+    if config.transforms:
+        raise ConfigError("transforms: this version has none yet", "leave [[transforms]] out")
+    if config.backend["kind"] != "inprocess":
+        raise ConfigError(
+            f"backend.kind = {config.backend['kind']!r}: no such backend", 'there is: "inprocess"'
+        )
+    known = {"kind", "trainer"}
+    for key in config.backend:
+        if key not in known:
+            raise ConfigError(f"backend.{key}: unknown key", f"backend takes: {', '.join(sorted(known))}")
+    for key in config.system:
+        if key not in ("duration", "drop_out"):
+            raise ConfigError(f"system.{key}: unknown key", "system takes: drop_out, duration")
+
+
+def _refuse_pairs(made: Parts) -> None:
+    """Refuse pairs of parts that cannot work together, with the reason and the way out."""
+    algorithm, kind = made.config.algorithm, made.config.algorithm["kind"]
+    waits = not isinstance(made.schedule, Buffered)
+    if algorithm.get("weighting") == "client" and made.population.weight is None:
+        raise ConfigError(
+            "algorithm.weighting = 'client': this data names no weights",
+            'name the column that holds them: data.weight = "..."',
+        )
+    if isinstance(made.trainer, Custom) and made.algorithm.client_work.gradient is not gradient:
+        raise ConfigError(
+            f"the custom trainer runs your own steps, so {kind} cannot change their gradients",
+            "use fedavg or a FedOpt algorithm with it, or trainer = 'loop'",
+        )
+    if kind == "fedasync" and waits:
+        raise ConfigError(
+            "fedasync mixes every client's model in as it arrives; this schedule waits for others",
+            'use schedule.kind = "asynchronous", or fedavg',
+        )
+    if kind == "scaffold" and not waits:
+        raise ConfigError(
+            "scaffold's control variates belong to one round; an asynchronous schedule mixes several",
+            'use schedule.kind = "synchronous", or fedbuff',
+        )
+    if isinstance(made.schedule, Gossip):
+        if kind in ("scaffold", "fedasync", "fedbuff"):
+            raise ConfigError(f"{kind} needs a server; a gossip schedule has none", 'use "dpsgd" or "fedavg"')
+        if "aggregator" in algorithm and algorithm["aggregator"].get("kind") != "mean":
+            raise ConfigError(
+                "algorithm.aggregator: gossip mixes each node with its neighbours; nobody sees all updates",
+                "leave it out, or use a schedule with a server",
+            )
+    if kind == "dpsgd" and not isinstance(made.schedule, Gossip):
+        raise ConfigError(
+            "dpsgd has no server: its nodes mix with their neighbours", 'use schedule.kind = "gossip", or fedavg'
+        )
+    if "krum" in str(algorithm.get("aggregator", "")):
+        chosen = algorithm["aggregator"]
+        need = 2 * chosen["byzantine"] + 3
+        replies = made.schedule.buffer if not waits else _cohort(made)
+        if replies < need:
+            raise ConfigError(
+                f"krum(byzantine={chosen['byzantine']}) needs at least {need} replies; this schedule gives {replies}",
+                f"set schedule.{'cohort' if waits else 'buffer'} >= {need}, or lower byzantine",
+            )
+
+
+def _cohort(made: Parts) -> int:
+    from coterie.schedules.synchronous import share
+
+    return share(made.schedule.cohort, len(made.population.clients), "schedule.cohort", "clients")

@@ -1,0 +1,362 @@
+"""Run an experiment: assemble, drive the plan, write the folder, compare with the baselines, report."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from coterie.backends import InProcess, Site
+from coterie.core import (
+    Commit,
+    ConfigError,
+    CoterieError,
+    Event,
+    Interrupted,
+    Lost,
+    Reply,
+    RunError,
+    Task,
+    Tree,
+    ask,
+    drive,
+    run_sync,
+    trees,
+)
+from coterie.data import ClientData, Dataset, describe
+from coterie.experiment import baselines, report
+from coterie.experiment.assemble import Parts, assemble
+from coterie.experiment.config import Config, load, to_dict
+from coterie.experiment.records import Progress, Result
+from coterie.experiment.tensorboard import board
+from coterie.storage import RunFolder, write_atomic
+
+SHOWN = 1000  # clients listed one by one in clients.json
+FREE_ON_RESUME = ("rounds", "quorum", "deadline")  # of [schedule]: may differ between a run and its resumption
+Watch = Callable[[Progress], None]
+log = logging.getLogger("coterie")
+
+
+def run(
+    config: Config | dict[str, Any] | str | Path,
+    *,
+    out: Path | str | None = None,
+    data_dir: Path | str | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
+    stop: Callable[[], bool] | None = None,
+    model: nn.Module | None = None,
+    dataset: Dataset | None = None,
+    fit: Callable[..., Any] | None = None,
+) -> Result:
+    """Run an experiment to its end and return its result; everything is written to a run folder.
+
+    config: a Config, a dict with the same names, or the path of a TOML file. out: the run folder (None:
+    runs/<name>-<n>). resume: go on from the last checkpoint of `out`, or of the newest run of that name.
+    watch: called with Progress at every client and round. stop: asked after every client; True interrupts.
+    model, dataset, fit: objects to use instead of what the config names.
+    Raises ConfigError or DataError before anything is written, RunError when the run fails, Interrupted.
+    """
+    if not isinstance(config, Config):
+        config = load(config)
+    parts_of = {"model": model, "dataset": dataset, "fit": fit}
+    folder_out, folder_data = (Path(path) if path is not None else None for path in (out, data_dir))
+    with _threads(config.run["threads"]):
+        parts = assemble(config, data_dir=folder_data, **parts_of)  # type: ignore[arg-type]
+        if resume:
+            folder = _reopen(config, folder_out)
+        else:
+            folder = RunFolder.create(None, config.name, folder_out)
+        with folder.lock(), _logged(folder.log):
+            if not resume:
+                folder.write_config(to_dict(config))
+            session = Session(parts, folder, watch or (lambda progress: None), stop or (lambda: False))
+            return run_sync(session.run)
+
+
+class Session:
+    """One stretch of a run, from its start or a checkpoint to its end, a failure or an interruption."""
+
+    def __init__(self, parts: Parts, folder: RunFolder, watch: Watch, stop: Callable[[], bool]) -> None:
+        self.parts, self.folder, self.watch, self.stop = parts, folder, watch, stop
+        settings = parts.config.run
+        self.checkpoints = folder.checkpoints(settings["keep_checkpoints"])
+        self.memories = folder.memories()
+        self.site = Site(parts.algorithm, parts.trainer.fit, self._evaluate, parts.population.data, self.memories)
+        self.started = time.perf_counter()
+        found = self.checkpoints.latest()
+        self.version, kept, meta = found if found else (0, None, {"seconds": {"total": 0.0, "train": 0.0}})
+        self.state: Tree = kept["state"] if kept else parts.algorithm.init(parts.initial)
+        self.resume: Tree = kept["resume"] if kept else None
+        self.clock: Any = kept["clock"] if kept else None
+        self.generations: list[dict[str, int]] = [dict(self.resume["memory"])] if kept else []
+        self.before: dict[str, float] = meta["seconds"]
+        self.first = self.version
+        folder.truncate(self.version)
+        self.rows: list[dict[str, Any]] = []
+        self.totals = dict.fromkeys(("samples", "lost", "up", "down"), 0)
+        for row in folder.rows():
+            self._count(row)
+        self.train_seconds = 0.0
+        self.done = 0
+        self.board = board(folder.path, self.version) if settings["tensorboard"] else None
+        self.backend: InProcess = parts.backend(self._answer, self.clock)
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds the whole run has."""
+        return int(self.parts.schedule.rounds)
+
+    def run(self) -> Result:
+        """Drive the plan to its end; then evaluate the clients, train the baselines and write the report."""
+        clients = self.parts.population.clients
+        self._tell(note=self.parts.note)
+        try:
+            if self.version < self.rounds:
+                plan = self.parts.schedule(self.parts.algorithm, self.state, clients, self.resume)
+                asyncio.run(drive(plan, self.backend, on_commit=self._commit, on_event=self._event))
+            by_client = self._evaluate_clients()
+            compared = self._baselines()
+        except CoterieError as error:
+            status = "interrupted" if isinstance(error, Interrupted) else "failed"
+            with suppress(RunError, OSError):  # a full disk: what went wrong first is what to tell
+                self._finish(status, {}, {}, str(error))
+            raise
+        return self._finish("finished", by_client, compared)
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time of the whole run so far, earlier stretches included."""
+        return {
+            "total": self.before["total"] + time.perf_counter() - self.started,
+            "train": self.before["train"] + self.train_seconds,
+        }
+
+    def _answer(self, task: Task) -> Reply | Lost:
+        start = time.perf_counter()
+        answer = self.site(task)
+        self.train_seconds += time.perf_counter() - start
+        return answer
+
+    def _evaluate(self, model: Tree, data: ClientData) -> dict[str, float]:
+        return self.parts.problem.measure(model, *data.test)
+
+    def _event(self, now: float, event: Event) -> None:
+        del now
+        if isinstance(event, Lost):
+            log.info("round %d: %s is lost: %s", event.task.round + 1, event.task.client, event.reason)
+        self.done += 1
+        self._tell()
+        self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self.stop():
+            raise Interrupted(
+                f"stopped in round {self.version + 1} of {self.rounds}; round {self.version} is kept",
+                f"go on with --out {self.folder.path} --resume",
+            )
+
+    def _commit(self, commit: Commit) -> None:
+        """Write what a kill at any later moment must not lose, in the order that allows one at any moment."""
+        self.version, self.state, self.done = commit.version, commit.state, 0
+        settings, last = self.parts.config.run, commit.version >= self.rounds
+        row = {"round": commit.version, "version": commit.version, "time": self.backend.now}
+        if last or commit.version % settings["evaluate_every"] == 0:
+            measured = self.parts.problem.measure(commit.state["model"], *self.parts.test)
+            row |= {name: value for name, value in measured.items() if name != "count"}
+        row |= {"seconds": self.seconds()["total"], **commit.metrics}
+        if last or commit.version % settings["checkpoint_every"] == 0:
+            self.memories.commit(commit.resume["memory"])
+            self._append(row)
+            kept = {"state": commit.state, "resume": commit.resume, "clock": self.backend.clock()}
+            self.checkpoints.save(commit.version, kept, {"seconds": self.seconds()})
+            self.generations = [*self.generations, commit.resume["memory"]][-settings["keep_checkpoints"] :]
+            self.memories.prune(self.generations)
+        else:
+            self._append(row)
+        self._tell()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self.folder.append(row)
+        self._count(row)
+        if self.board is not None:
+            self.board(row)
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        for name, value in (("samples", row["samples"]), ("lost", row["clients"]["lost"]), *row["bytes"].items()):
+            self.totals[name] += value
+
+    def _tell(self, note: str = "") -> None:
+        """Report progress."""
+        row = self.rows[-1] if self.rows else {}
+        clients, seconds = row.get("clients", {}), self.seconds()["total"]
+        made = self.version - self.first
+        measured = next((each for each in reversed(self.rows) if "loss" in each), {})
+        self.watch(
+            Progress(
+                folder=self.folder.path,
+                round=self.version,
+                rounds=self.rounds,
+                loss=measured.get("loss"),
+                accuracy=measured.get("accuracy"),
+                train_loss=row.get("train_loss"),
+                asked=clients.get("asked", 0),
+                answered=clients.get("answered", 0),
+                lost=self.totals["lost"],
+                bytes_up=self.totals["up"],
+                bytes_down=self.totals["down"],
+                seconds=seconds,
+                eta=(seconds - self.before["total"]) / made * (self.rounds - self.version) if made else None,
+                note=note,
+                done=self.done,
+                total=clients.get("asked", 0),
+            )
+        )
+
+    def _note(self, text: str) -> None:
+        self._tell(note=text)
+        self._check_stop()
+
+    def _evaluate_clients(self) -> dict[str, dict[str, float]]:
+        """Every client measures the final model on its own test rows, as a task like any other."""
+        if not self.parts.config.run["evaluate_clients"]:
+            return {}
+        holders = [c for c in self.parts.population.clients if self.parts.population.sizes(c)[1]]
+        down = {"model": self.state["model"]}
+        tasks = [Task(i, c, self.version, self.version, down, "evaluate") for i, c in enumerate(holders)]
+        backend = InProcess(self.site)
+        replies = asyncio.run(drive(ask(tasks), backend, on_event=lambda now, event: self._check_stop()))
+        return {client: dict(reply.metrics) for client, reply in replies.items()}
+
+    def _baselines(self) -> dict[str, Any]:
+        wanted, samples = self.parts.config.compare, self.totals["samples"]
+        made: dict[str, Any] = {}
+        if "centralised" in wanted:
+            made["centralised"] = baselines.centralised(self.parts, samples, self.rounds, self._note)
+        if "local_only" in wanted:
+            made["local_only"] = baselines.local_only(self.parts, samples, self._note)
+        return made
+
+    def _finish(
+        self, status: str, by_client: dict[str, dict[str, float]], compared: dict[str, Any], error: str = ""
+    ) -> Result:
+        """Write result.json, clients.json, the model and the report."""
+        config, model = self.parts.config, self.state["model"]
+        measured: dict[str, Any] = next((row for row in reversed(self.rows) if "loss" in row), {})
+        result = Result(
+            folder=self.folder.path,
+            name=config.name,
+            seed=config.seed,
+            task=self.parts.problem.task,
+            rounds=self.version,
+            status=status,
+            final={name: measured[name] for name in ("loss", "accuracy") if name in measured},
+            clients=_spread(by_client) if by_client else None,
+            baselines=compared,
+            bytes={way: self.totals[way] for way in ("up", "down")},
+            seconds=self.seconds(),
+            model_digest=trees.digest(model),
+            error=error or None,
+            model=model,
+        )
+        write_atomic(self.folder.path / "model.safetensors", save({**model["params"], **model["buffers"]}))
+        self.folder.write_clients(_clients(self.parts, by_client, compared))
+        self.folder.write_result(result.to_json())
+        report.write(self.folder.path)
+        return result
+
+
+def _spread(by_client: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Mean over clients, and mean over the worst tenth of them (Li et al. 2020, arXiv:1905.10497)."""
+    spread: dict[str, float] = {}
+    for name, worst_is_low in (("accuracy", True), ("loss", False)):
+        values = sorted((m[name] for m in by_client.values() if name in m), reverse=not worst_is_low)
+        if values:
+            tenth = values[: max(1, len(values) // 10)]
+            spread[f"{name}_mean"] = sum(values) / len(values)
+            spread[f"{name}_worst_decile"] = sum(tenth) / len(tenth)
+    return spread
+
+
+def _clients(parts: Parts, by_client: dict[str, dict[str, float]], compared: dict[str, Any]) -> dict[str, Any]:
+    """What clients.json holds."""
+    population = parts.population
+    facts = describe(population.dataset.train, population.partition, population.dataset.classes)
+    alone = compared.get("local_only", {}).get("own_accuracies", {})
+    return {
+        "labels": list(facts.labels),
+        "of": len(facts.clients),
+        "clients": [
+            {
+                "client": client,
+                "train": population.sizes(client)[0],
+                "test": population.sizes(client)[1],
+                "labels": facts.counts[index].tolist(),
+                "accuracy": by_client.get(client, {}).get("accuracy"),
+                "loss": by_client.get(client, {}).get("loss"),
+                "local_accuracy": alone.get(client),
+            }
+            for index, client in enumerate(facts.clients[:SHOWN])
+        ],
+        "distance": {"jensen_shannon": facts.mean_jensen_shannon, "earth_mover": facts.mean_earth_mover},
+        "sizes": {"min": facts.smallest, "median": facts.median, "max": facts.largest},
+    }
+
+
+def _reopen(config: Config, out: Path | None) -> RunFolder:
+    """The folder to resume; its config must be this one's, but for what may change."""
+    folder = RunFolder.open(out) if out is not None else RunFolder.latest(None, config.name)
+    if folder is None:
+        raise ConfigError(f"--resume: there is no run named {config.name!r} in runs/", "name its folder with --out")
+    was, now = _fixed(folder.config()), _fixed(to_dict(config))
+    if was != now:
+        section = next(name for name in {**was, **now} if was.get(name) != now.get(name))
+        raise ConfigError(
+            f"--resume {folder.path}: [{section}] is not what the run was started with: "
+            f"{was.get(section)!r} then, {now.get(section)!r} now",
+            f"resume with the run's own config, {folder.path / 'config.toml'}; [run], compare and "
+            f"schedule.{', schedule.'.join(FREE_ON_RESUME)} may differ",
+        )
+    folder.write_config(to_dict(config))
+    return folder
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    fixed = {name: value for name, value in config.items() if name not in ("run", "compare")}
+    schedule = {name: value for name, value in fixed["schedule"].items() if name not in FREE_ON_RESUME}
+    return {**fixed, "schedule": schedule}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Law 1 holds for a fixed number of threads; the process's own setting comes back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Send the library's log to the run's file as well."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        handler.close()

@@ -1,0 +1,62 @@
+"""Two levels of synchronous aggregation: clients below relays below the server.
+
+The server draws the cohort as the flat schedule would and sends each relay its part in one "fold" Task;
+a relay (`core.gather.fold_task`) answers with its unfinished accumulator. Because accumulators are exact
+and merge, the run ends with the same bits as the flat one. Ids of the clients' tasks are allotted by the
+server, so they stay unique in the whole tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from coterie.core.errors import ConfigError
+from coterie.core.gather import Gathered, gather
+from coterie.core.types import Algorithm, ClientId, Plan, Task
+from coterie.schedules.synchronous import Synchronous
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hierarchical(Synchronous):
+    """The synchronous schedule over `groups` relays, each with an equal, contiguous part of the clients."""
+
+    groups: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what relays cannot do."""
+        super().__post_init__()
+        if self.groups < 1:
+            raise ConfigError(f"schedule.groups = {self.groups}: must be at least 1")
+        if self.over_selection != 1:
+            raise ConfigError(
+                "schedule.over_selection: the first replies of the whole cohort are not known to any one relay",
+                "use a deadline, or the synchronous schedule",
+            )
+
+    @property
+    def relays(self) -> tuple[ClientId, ...]:  # type: ignore[override]
+        """The names of the relays."""
+        return tuple(f"relay-{index}" for index in range(self.groups))
+
+    def collect(
+        self,
+        algorithm: Algorithm,
+        tasks: Sequence[Task],
+        clients: Sequence[ClientId],
+        cohort: int,
+        ids: Iterator[int],
+    ) -> Plan[Gathered]:
+        """How the replies come in: folded by the relays."""
+        if self.groups > len(clients):
+            raise ConfigError(f"schedule.groups = {self.groups}: there are only {len(clients)} clients")
+        group = {client: index * self.groups // len(clients) for index, client in enumerate(clients)}
+        folds = []
+        for index, relay in enumerate(self.relays):
+            below = [[task.client, task.id, task.memory] for task in tasks if group[task.client] == index]
+            if below:
+                config = {"tasks": below, "local": tasks[0].config, "timer": next(ids), "deadline": self.deadline}
+                folds.append(
+                    Task(next(ids), relay, tasks[0].version, tasks[0].round, tasks[0].down, "fold", config)
+                )
+        return (yield from gather(algorithm.aggregator, folds, on_nan=self.on_nan))

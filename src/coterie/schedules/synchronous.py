@@ -1,0 +1,135 @@
+"""The synchronous schedule: draw a cohort, wait for its replies, take a step, repeat.
+
+A straggler is somebody who misses the deadline; over-selection asks more clients than it waits for
+(Bonawitz et al. 2019, arXiv:1902.01046, section 2.2). Below the quorum the run stops: a state made of too
+few replies is worse than none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from coterie.core import trees
+from coterie.core.errors import ConfigError, QuorumLost
+from coterie.core.gather import Gathered, OnNan, gather
+from coterie.core.seeds import Key, derive, rng
+from coterie.core.types import Algorithm, ClientId, Commit, Plan, Task, Tree
+
+FROM_START: Tree = {"version": 0, "next": 0, "memory": {}, "flying": ()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synchronous:
+    """Rounds of one cohort each.
+
+    cohort: clients a round, or a fraction of all when it is a float in (0, 1]. sampling: "uniform" or
+    "weighted" (by `size`), without replacement. over_selection: ask ceil(factor * cohort) clients and take
+    the first `cohort` replies. deadline: seconds (virtual in simulation). quorum: replies that a round
+    needs, or a fraction of the cohort when it is a float. on_nan: "drop" counts a client with a non-finite
+    update or loss as lost, "stop" ends the run at that round.
+    """
+
+    rounds: int
+    cohort: int | float
+    sampling: Literal["uniform", "weighted"] = "uniform"
+    over_selection: float = 1.0
+    deadline: float | None = None
+    quorum: int | float = 1
+    on_nan: OnNan = "stop"
+    key: Key
+    size: Callable[[ClientId], float] = lambda client: 1.0
+    relays: ClassVar[tuple[ClientId, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what no population can satisfy."""
+        if self.rounds < 1:
+            raise ConfigError(f"schedule.rounds = {self.rounds}: must be at least 1")
+        if self.over_selection < 1:
+            raise ConfigError(f"schedule.over_selection = {self.over_selection}: must be at least 1", "1.3 is usual")
+        if self.deadline is not None and self.deadline <= 0:
+            raise ConfigError(f"schedule.deadline = {self.deadline}: must be > 0 seconds")
+
+    def __call__(
+        self, algorithm: Algorithm, state: Tree, clients: Sequence[ClientId], resume: Tree = None
+    ) -> Plan[Tree]:
+        """Return the plan; one Commit a round."""
+        cohort = share(self.cohort, len(clients), "schedule.cohort", "clients")
+        quorum = share(self.quorum, cohort, "schedule.quorum", "clients in a cohort")
+        asked = min(math.ceil(cohort * self.over_selection), len(clients))
+        resume = resume or FROM_START
+        ids, memory = itertools.count(resume["next"]), dict(resume["memory"])
+        for round in range(resume["version"], self.rounds):
+            down, config = algorithm.broadcast(state), algorithm.local(round)
+            tasks = [
+                Task(next(ids), client, round, round, down, config=config, memory=memory.get(client))
+                for client in self.draw(clients, asked, round)
+            ]
+            got = yield from self.collect(algorithm, tasks, clients, cohort, ids)
+            if len(got.accepted) < quorum:
+                raise QuorumLost(
+                    f"round {round + 1}: {len(got.accepted)} of {asked} clients replied, the quorum is {quorum}\n"
+                    + "\n".join(f"  {reason.strip().splitlines()[-1]}" for reason in got.reasons[:5]),
+                    "see run.log for each client's error; then mend it and go on with --resume, "
+                    "or lower schedule.quorum",
+                )
+            state = algorithm.finalize(state, *algorithm.aggregator.finish(got.fold.acc))
+            if algorithm.client_work.remember is not None:
+                memory.update(got.accepted)
+            resume = {"version": round + 1, "next": next(ids) + 1, "memory": dict(memory)}
+            yield [Commit(round + 1, state, resume, summary(got, asked, asked * trees.nbytes(down)))]
+        return state
+
+    def draw(self, clients: Sequence[ClientId], count: int, round: int) -> list[ClientId]:
+        """The cohort of a round, without replacement; a function of the key and the round alone."""
+        generator = rng(derive(self.key, "cohort", round))
+        weights = None
+        if self.sampling == "weighted":
+            sizes = np.array([self.size(client) for client in clients], dtype=np.float64)
+            weights = sizes / sizes.sum()
+        return [clients[i] for i in generator.choice(len(clients), count, replace=False, p=weights)]
+
+    def collect(
+        self,
+        algorithm: Algorithm,
+        tasks: Sequence[Task],
+        clients: Sequence[ClientId],
+        cohort: int,
+        ids: Iterator[int],
+    ) -> Plan[Gathered]:
+        """How the replies come in: straight from the clients."""
+        return (
+            yield from gather(
+                algorithm.aggregator,
+                tasks,
+                timer=next(ids),
+                enough=cohort if len(tasks) > cohort else None,
+                deadline=self.deadline,
+                on_nan=self.on_nan,
+            )
+        )
+
+
+def share(value: int | float, whole: int, name: str, what: str) -> int:
+    """An int is a count, a float in (0, 1] a fraction of the whole, rounded up. Raises ConfigError."""
+    count = math.ceil(value * whole - 1e-9) if isinstance(value, float) and 0 < value <= 1 else value
+    if count != int(count) or count < 1:
+        raise ConfigError(f"{name} = {value}: must be a whole number >= 1 or a fraction in (0, 1]")
+    if count > whole:
+        raise ConfigError(f"{name} = {value}: there are only {whole} {what}", f"use at most {whole}, or 1.0 for all")
+    return int(count)
+
+
+def summary(got: Gathered, asked: int, down: int) -> dict[str, object]:
+    """What a commit reports of a gathering. down: bytes sent to the clients."""
+    return {
+        **{f"train_{name}": value for name, value in got.metrics().items()},
+        "samples": got.fold.samples,
+        "clients": {"asked": asked, "answered": len(got.accepted), "lost": got.fold.lost},
+        "bytes": {"up": got.fold.bytes_up, "down": down},
+    }

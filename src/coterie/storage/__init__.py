@@ -1,0 +1,12 @@
+"""What a run leaves on disk: its folder, checkpoints, client memories and metrics.
+
+Written so that a kill at any moment leaves a run that can be resumed. What a checkpoint holds is decided
+elsewhere (schedules, experiment); how trees become bytes is `core.codec`. Read `runs.py` first.
+"""
+
+from coterie.storage.checkpoints import Checkpoints
+from coterie.storage.files import load_tree, save_tree, write_atomic
+from coterie.storage.memories import Memories
+from coterie.storage.runs import RunFolder
+
+__all__ = ["Checkpoints", "Memories", "RunFolder", "load_tree", "save_tree", "write_atomic"]

@@ -1,0 +1,14 @@
+"""How a client trains: the reference loop, or the user's own function. Knows core and data (ClientData, batches).
+
+Read `loop` first: it is the meaning of an algorithm's ClientWork. `problem` turns a module and a loss into
+pure functions. Which client trains when, and what becomes of its reply, is not known here.
+"""
+
+from coterie.trainers.custom import Context, Custom, Fit
+from coterie.trainers.loop import Loop, Step, descend, rows_of, task_key
+from coterie.trainers.problem import LOSSES, Problem, TaskKind, load_into, read_from
+
+__all__ = [
+    "LOSSES", "Context", "Custom", "Fit", "Loop", "Problem", "Step", "TaskKind", "descend", "load_into",
+    "read_from", "rows_of", "task_key",
+]  # fmt: skip

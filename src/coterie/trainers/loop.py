@@ -1,0 +1,104 @@
+"""The loop trainer: one client after the other, one step after the other. The reference for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from coterie.core import trees
+from coterie.core.seeds import Key, derive, seeded
+from coterie.core.types import Algorithm, ClientWork, Params, Reply, Task, Tree
+from coterie.data import ClientData, batches
+from coterie.data.types import Rows
+from coterie.trainers.problem import Problem
+
+
+def task_key(seed: int | Key, task: Task) -> Key:
+    """The key of all draws of a task (law 5)."""
+    return derive(seed, task.kind, task.round, task.client)
+
+
+def rows_of(count: int, config: Mapping[str, Any], key: Key) -> Iterator[Rows]:
+    """The index batches of a task over `count` rows: `steps` of them, or `epochs` passes."""
+    epochs, size, steps = config["epochs"], config["batch_size"], config["steps"]
+    if steps is not None:
+        epochs = -(-steps * (size or count) // count)  # at least `steps` batches; a short last one counts
+    return islice(batches(count, epochs=epochs, batch_size=size, key=key), steps)
+
+
+class Step(NamedTuple):
+    """Where local training stands after a step."""
+
+    params: Params
+    carry: Tree
+    examples: int
+
+
+def descend(
+    problem: Problem,
+    work: ClientWork,
+    params: Params,
+    carry: Tree,
+    data: tuple[Tensor, Tensor],
+    rows: Iterator[Rows],
+    key: Key,
+) -> Iterator[Step]:
+    """Local steps, one for each index batch, as the ClientWork says. data: inputs [n, ...], targets [n]."""
+    inputs, targets = data
+    optimizer = work.optimizer(carry)
+    slots = optimizer.init(params)
+
+    def objective(params: Params, batch: tuple[Tensor, Tensor], carry: Tree) -> tuple[Tensor, Tree]:
+        return work.objective(problem.loss, params, batch, carry)
+
+    for step, drawn in enumerate(rows):
+        index = torch.from_numpy(drawn)
+        batch = (inputs[index], targets[index])
+        grads, carry = work.gradient(objective, params, batch, None, carry, derive(key, "step", step))
+        updates, slots = optimizer.update(grads, slots, params)
+        params = trees.add(params, updates)
+        yield Step(params, carry, len(drawn))
+
+
+class Loop:
+    """fit(): local steps as the algorithm's ClientWork says."""
+
+    name = "loop"
+
+    def __init__(self, problem: Problem, seed: int | Key) -> None:
+        self.problem = problem
+        self.seed = seed
+
+    def fit(self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData) -> tuple[Reply, Tree]:
+        """Train on one client's data; return its reply and its new memory.
+
+        memory: of the generation that the task names; None for a new client.
+        """
+        work, key = algorithm.client_work, task_key(self.seed, task)
+        if memory is None and work.remember is not None:
+            memory = work.remember(task.down)
+        params, carry = work.start(task.down, memory, task.config)
+        steps, seen, loss = 0, 0, torch.zeros((), dtype=torch.float64)
+        rows = rows_of(len(data.train[1]), task.config, derive(key, "batches"))
+        with seeded(derive(key, "torch")):
+            for params, carry, examples in descend(self.problem, work, params, carry, data.train, rows, key):
+                steps, seen = steps + 1, seen + examples
+                loss += carry["loss"].double() * examples
+        up, memory = work.finish(params, task.down, carry, steps)
+        return Reply(task, up, weight_of(task, data), {"loss": float(loss) / seen}, samples=seen), memory
+
+
+def weight_of(task: Task, data: ClientData) -> float:
+    """What the client's update weighs: its samples, 1, or the weight that its data names."""
+    weighting = task.config["weighting"]
+    if weighting == "uniform":
+        return 1.0
+    if weighting == "client":
+        if data.weight is None:
+            raise ValueError(f"client {task.client} names no weight")
+        return data.weight
+    return float(len(data.train[1]))
