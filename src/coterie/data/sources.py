@@ -11,6 +11,7 @@ import urllib.request
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def read_bytes(path: Path) -> bytes:
     pieces: list[bytes] = []
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            while piece := file.read(CHUNK):
+            while piece := file.read1(CHUNK):  # read() would lose what came before a break
                 pieces.append(piece)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
@@ -129,7 +130,7 @@ def download(name: str, folder: Path, *, base: str | None = None, plain_http: bo
             path = target / file
             if not (path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest):
                 _fetch(f"{base.rstrip('/')}/{file}", path, digest, schemes)
-    except OSError as error:  # URLError is one too
+    except (OSError, HTTPException) as error:  # URLError is an OSError
         raise DataError(
             f"{name}: download from {base} to {target} failed: {error}",
             f"check the network and the folder, or put the files there yourself: {', '.join(files)}",
@@ -161,7 +162,7 @@ def _fetch(url: str, path: Path, digest: str, schemes: Sequence[str]) -> None:
                 file.write(piece)
         if seen.hexdigest() != digest:
             raise DataError(
-                f"{url}: {received} bytes came, with SHA-256 {seen.hexdigest()}; the published file has {digest}",
+                f"{url}: got {received} bytes with SHA-256 {seen.hexdigest()}, the published file has {digest}",
                 "try again; if it stays so, the file at that address is not the published one",
             )
         Path(temporary).chmod(0o644)
