@@ -38,14 +38,15 @@ def moment(**values: Any) -> Progress:
 
 
 MOMENTS = [
-    moment(note="trainer: loop (because)", total=2),
+    moment(note="trainer: loop (because) [b]", total=2),
     moment(done=1, total=2),
     moment(
         round=1, loss=0.5, accuracy=0.25, asked=2, answered=1, lost=1, bytes_up=1500, bytes_down=3000, eta=75
     ),
     moment(round=1, done=1, total=2),
     moment(round=2, loss=math.nan, asked=2, answered=2, lost=1, eta=0.0),
-    moment(round=2, asked=2, answered=2, lost=1, note="baseline: centralised"),
+    moment(round=2, asked=2, answered=2, lost=1, note="baseline: 1 of 2"),
+    moment(round=2, asked=2, answered=2, lost=1, note="baseline: 2 of 2"),
 ]
 
 
@@ -112,11 +113,11 @@ def test_run_passes_its_options_on_and_prints_a_line_a_round(
     assert (seen["out"], seen["data_dir"], seen["resume"]) == (Path("o"), Path("d"), True)
     lines = found.stdout.splitlines()
     assert lines[:4] == [
-        "trainer: loop (because)",
+        "trainer: loop (because) [b]",
         "round 1/2  loss 0.5  accuracy 25.0 %  clients 1/2, 1 lost so far  "
         "up 1.5 kB, down 3.0 kB  1 min 15 s left",
         "round 2/2  loss nan  clients 2/2, 1 lost so far  up 0 bytes, down 0 bytes  0 s left",
-        "baseline: centralised",
+        "baseline: 1 of 2",
     ]
     assert lines[4] == "finished: accuracy 97.5 %, loss 0.125"
     assert "centralised: accuracy 98.0 %" in lines[5]
@@ -284,7 +285,8 @@ def test_ctrl_c_twice_kills():
     assert "press Ctrl-C again" in found.stderr
 
 
-def test_a_terminal_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("count", "last"), [(5, "round 2/2"), (7, "baseline: 2 of 2")])
+def test_a_terminal_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch, count: int, last: str):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -294,12 +296,13 @@ def test_a_terminal_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     with display(as_json=False, quiet=False) as watch:
-        for each in MOMENTS:
+        for each in MOMENTS[:count]:
             watch(each)
     shown = screen.getvalue()
-    assert shown.count("trainer: loop (because)") == 1
-    assert "round 2/2" in shown
-    assert "2/2, 1 lost so far" in shown
+    assert shown.count("trainer: loop (because) [b]") == 1
+    frame = shown.splitlines()[-2]
+    assert last in frame
+    assert "clients 2/2, 1 lost so far" in frame
     assert "\x1b[?25h" in shown  # the cursor is back
 
 

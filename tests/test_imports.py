@@ -21,7 +21,7 @@ KNOWS: dict[str, set[str]] = {
     "storage": {"core"},
     "algorithms": {"core", "aggregators"},
     "parallel": {"core", "transforms"},
-    "trainers": {"core", "parallel"},
+    "trainers": {"core", "data", "parallel"},
     "backends": {"core", "storage", "security"},
     "dashboard": {"storage"},
 }

@@ -30,4 +30,6 @@ def labelled() -> Examples:
         "patient": draw.integers(0, 400, size=n),
         "age": draw.integers(18, 90, size=n),
     }
-    return Examples(torch.from_numpy(draw.standard_normal((n, 5)).astype(np.float32)), torch.from_numpy(y), keys)
+    return Examples(
+        torch.from_numpy(draw.standard_normal((n, 5)).astype(np.float32)), torch.from_numpy(y), keys
+    )

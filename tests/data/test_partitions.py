@@ -1,4 +1,5 @@
 import inspect
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -132,7 +133,9 @@ def test_dirichlet_proportions_have_the_moments_of_the_distribution():
 
 def test_dirichlet_is_uneven_for_small_alpha_and_even_for_large(labelled):
     distance = [
-        describe(labelled, partitions.dirichlet(labelled, key=KEY, clients=10, alpha=alpha)).mean_jensen_shannon
+        describe(
+            labelled, partitions.dirichlet(labelled, key=KEY, clients=10, alpha=alpha)
+        ).mean_jensen_shannon
         for alpha in (0.05, 0.5, 5, 1e6)
     ]
     assert distance == sorted(distance, reverse=True)
@@ -157,7 +160,9 @@ def test_shards_hold_at_most_two_labels_each():
 
 
 def test_power_law_sizes_follow_the_formula(labelled):
-    sizes = np.array([len(rows) for rows in partitions.power_law(labelled, key=KEY, clients=40, exponent=1.5).values()])
+    sizes = np.array(
+        [len(rows) for rows in partitions.power_law(labelled, key=KEY, clients=40, exponent=1.5).values()]
+    )
     weights = np.arange(1, 41) ** -1.5
     assert (abs(sizes - (1 + (3000 - 40) * weights / weights.sum())) < 1).all()
     flat = partitions.power_law(labelled, key=KEY, clients=40, exponent=0)
@@ -178,9 +183,24 @@ def test_natural_names_and_small_groups(labelled):
     assert np.array_equal(partition["site=north"], np.flatnonzero(site == "north"))
     pooled = partitions.natural(labelled, key=KEY, column="site", min_samples=100)
     check(pooled, len(labelled))
-    assert list(pooled) == ["site=a%20b", "site=north", "site=south%2Feast", "site=(other)"] or "site=(other)" in pooled
-    with pytest.raises(ConfigError, match="small groups"):
-        partitions.natural(labelled, key=KEY, column="site", min_samples=100)
+    assert set(pooled) == {"site=north", "site=south%2Feast", "site=(other)"}
+    assert len(pooled["site=(other)"]) == len(partition["site=a%20b"]) + len(partition["site=%3F"]) >= 100
+    assert list(partitions.natural(labelled, key=KEY, column="site", min_samples=3000)) == ["site=(other)"]
+    with pytest.raises(ConfigError, match="only 3000 rows"):
+        partitions.natural(labelled, key=KEY, column="site", min_samples=3001)
+
+
+@settings(max_examples=100, deadline=None)
+@given(counts=st.lists(st.integers(1, 20), min_size=1, max_size=12), data=st.data())
+def test_natural_clients_all_have_min_samples(counts, data):
+    values = np.repeat(np.arange(len(counts)), counts)
+    examples = Examples(
+        torch.zeros(len(values), 1), torch.zeros(len(values), dtype=torch.int64), {"v": values}
+    )
+    least = data.draw(st.integers(1, len(values)))
+    partition = partitions.natural(examples, key=KEY, column="v", min_samples=least)
+    check(partition, len(values))
+    assert min(len(rows) for rows in partition.values()) >= least
 
 
 def test_natural_names_stay_different_and_short():
@@ -205,7 +225,7 @@ def test_range_is_ordered_and_near_the_quantiles(labelled):
     age = labelled.keys["age"]
     partition = partitions.by_range(labelled, key=KEY, clients=8, column="age")
     groups = [age[rows] for rows in partition.values()]
-    assert all(left.max() < right.min() for left, right in zip(groups, groups[1:], strict=False))
+    assert all(left.max() < right.min() for left, right in pairwise(groups))
     largest_tie = np.bincount(age).max()
     assert max(abs(len(group) - 3000 / 8) for group in groups) <= largest_tie
 
@@ -214,7 +234,9 @@ def test_range_is_ordered_and_near_the_quantiles(labelled):
 @given(counts=st.lists(st.integers(1, 50), min_size=1, max_size=12), data=st.data())
 def test_range_with_heavy_ties_leaves_nobody_empty(counts, data):
     values = np.repeat(np.arange(len(counts)), counts)
-    examples = Examples(torch.zeros(len(values), 1), torch.zeros(len(values), dtype=torch.int64), {"v": values})
+    examples = Examples(
+        torch.zeros(len(values), 1), torch.zeros(len(values), dtype=torch.int64), {"v": values}
+    )
     clients = data.draw(st.integers(1, len(counts)))
     partition = partitions.by_range(examples, key=KEY, clients=clients, column="v")
     check(partition, len(values))
@@ -223,14 +245,18 @@ def test_range_with_heavy_ties_leaves_nobody_empty(counts, data):
 
 def test_feature_skew_sorts_along_the_first_principal_component():
     draw = np.random.default_rng(3)
-    x = draw.standard_normal((1500, 6)) * [1, 9, 1, 1, 2, 1] @ np.linalg.qr(draw.standard_normal((6, 6)))[0] + 50
+    x = (
+        draw.standard_normal((1500, 6)) * [1, 9, 1, 1, 2, 1] @ np.linalg.qr(draw.standard_normal((6, 6)))[0]
+        + 50
+    )
     examples = Examples(torch.from_numpy(x.astype(np.float32)), torch.zeros(1500, dtype=torch.int64))
     score = PCA(1, svd_solver="full").fit_transform(x)[:, 0]
     groups = [score[rows] for rows in partitions.feature_skew(examples, key=KEY, clients=5, sigma=0).values()]
     means = [group.mean() for group in groups]
     assert means in (sorted(means), sorted(means, reverse=True))
-    edges = np.quantile(score, [0, 0.2])
-    assert max(groups, key=lambda group: abs(group.mean() - score.min()) * -1).max() == pytest.approx(edges[1], abs=0.1)
+    ordered = sorted(groups, key=np.mean)
+    overlap = [left.max() - right.min() for left, right in pairwise(ordered)]
+    assert max(overlap) < 0.1 * score.std()  # the direction comes from power iteration: near, not exact
     loose = partitions.feature_skew(examples, key=KEY, clients=5, sigma=100)
     assert np.ptp([score[rows].mean() for rows in loose.values()]) < 0.2 * np.ptp(means)
 
@@ -272,10 +298,9 @@ def test_regression_targets_need_bins_or_another_skew():
         ("hash", {"column": "site", "clients": 5}, "only 4 different values"),
     ],
 )
-def test_what_cannot_work_is_a_config_error_with_a_way_out(labelled, kind, options, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+def test_what_cannot_work_is_a_config_error(labelled, kind, options, message):
+    with pytest.raises(ConfigError, match=message):
         PARTITIONS[kind](labelled, key=KEY, **options)
-    assert caught.value.hint or "whole number" in message or "min_samples" in message or "clients" in message
 
 
 def test_gaps_and_nans_are_refused():
@@ -284,7 +309,9 @@ def test_gaps_and_nans_are_refused():
     with pytest.raises(ConfigError, match="row 2 has no finite value"):
         partitions.by_range(gaps, key=KEY, clients=2, column="age")
     with pytest.raises(DataError, match="NaN"):
-        partitions.feature_skew(Examples(torch.tensor([[1.0], [float("nan")], [0], [2]]), y), key=KEY, clients=2)
+        partitions.feature_skew(
+            Examples(torch.tensor([[1.0], [float("nan")], [0], [2]]), y), key=KEY, clients=2
+        )
 
 
 def test_a_near_name_is_suggested(labelled):

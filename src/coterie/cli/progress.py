@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,10 +48,11 @@ def line(progress: Moment) -> str:
 
 
 def numbers(values: Mapping[str, Any]) -> str:
-    """Metrics in one line: "accuracy 97.0 %, loss 0.1032"."""
-    known = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    """The accuracies and losses in one line: "accuracy 97.0 %, loss 0.1032"."""
     return ", ".join(
-        f"{name.replace('_', ' ')} {_number(name, value)}" for name, value in sorted(known.items())
+        f"{name.replace('_', ' ')} {_number(name, value)}"
+        for name, value in sorted(values.items())
+        if isinstance(value, int | float) and ("accuracy" in name or "loss" in name)
     )
 
 
@@ -73,25 +75,25 @@ def _details(progress: Moment) -> list[str]:
     ]
     if not parts and progress.train_loss is not None:
         parts = [f"train loss {_number('train_loss', progress.train_loss)}"]
-    parts.append(
-        f"clients {progress.answered}/{progress.asked}"
-        + f", {progress.lost} lost so far" * bool(progress.lost)
-    )
-    parts.append(f"up {size(progress.bytes_up)}, down {size(progress.bytes_down)}")
+    if progress.asked:
+        lost = f", {progress.lost} lost so far" if progress.lost else ""
+        parts.append(f"clients {progress.answered}/{progress.asked}{lost}")
+        parts.append(f"up {size(progress.bytes_up)}, down {size(progress.bytes_down)}")
     if progress.eta is not None:
         parts.append(f"{_duration(progress.eta)} left")
     return parts
 
 
 def _each_round(show: Watch, note: Callable[[str], None]) -> Watch:
-    """Call `show` once for each round, when it is committed, and `note` when there is a new one."""
-    shown, noted = 0, ""
+    """Call `show` once for each round, and `note` once for notes that differ in a count only."""
+    shown, noted = 0, {""}
 
     def watch(progress: Moment) -> None:
-        nonlocal shown, noted
-        if progress.note not in ("", noted):
-            noted = progress.note
-            note(noted)
+        nonlocal shown
+        kind = re.sub(r"\d+", "", progress.note)
+        if kind not in noted:
+            noted.add(kind)
+            note(progress.note)
         if progress.round > shown:
             shown = progress.round
             show(progress)
@@ -107,14 +109,17 @@ def _live() -> Iterator[Watch]:
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[details]}")
     with Progress(*columns, console=Console(highlight=False), refresh_per_second=4) as bar:
         task = bar.add_task("starting", total=None, details="")
-        note = _each_round(_nothing, bar.console.print)
 
         def watch(progress: Moment) -> None:
-            note(progress)
+            description = f"round {progress.round}/{progress.rounds}"
+            if progress.note and progress.round >= progress.rounds:
+                description = progress.note  # of the baselines, which follow the last round
+            elif progress.note:
+                bar.console.print(progress.note, markup=False)
             within = progress.done / progress.total if progress.total else 0.0
             bar.update(
                 task,
-                description=f"round {progress.round}/{progress.rounds}",
+                description=description,
                 total=progress.rounds,
                 completed=min(progress.round + within, progress.rounds),
                 details="  ".join(_details(progress)),

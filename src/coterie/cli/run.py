@@ -80,11 +80,8 @@ def summary(result: Result) -> str:
     """How the run ended: the final numbers, the baselines' beside them, and where the report is."""
     lines = [f"{result.status}: {numbers(result.final)}"]
     lines += [f"  {name.replace('_', ' ')}: {numbers(final)}" for name, final in result.baselines.items()]
-    clients = {
-        name: value for name, value in (result.clients or {}).items() if isinstance(value, int | float)
-    }
-    if clients:
-        lines.append(f"  clients: {numbers(clients)}")
+    if result.clients:
+        lines.append(f"  clients: {numbers(result.clients)}")
     return "\n".join([*lines, f"report: {result.folder / 'report.html'}"])
 
 

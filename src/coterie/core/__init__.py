@@ -41,8 +41,8 @@ from coterie.core.types import (
 
 __all__ = [
     "Action", "Aggregator", "Algorithm", "Backend", "Cancel", "ClientId", "ClientWork", "Commit",
-    "ConfigError", "CoterieError", "DataError", "Event", "Fold", "Gathered", "Interrupted", "Key", "Lost",
-    "NonFinite", "Optimizer", "OutOfRange", "Plan", "QuorumLost", "Reply", "RunError", "Schedule", "Task",
-    "Tick", "Timer", "Tree", "derive", "drive", "fold_task", "gather", "interleave", "rng", "run_sync",
-    "seeded", "uniform",
+    "ConfigError", "CoterieError", "DataError", "Event", "Fold", "Gathered", "Interrupted", "Key",
+    "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost", "Reply", "RunError",
+    "Schedule", "Task", "Tick", "Timer", "Tree", "ask", "awaits", "derive", "drive", "empty",
+    "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take", "uniform",
 ]  # fmt: skip

@@ -168,22 +168,20 @@ def log_normal(examples: Examples, *, key: Key, clients: int, sigma: float) -> P
 def natural(examples: Examples, *, key: Key, column: str, min_samples: int = 1) -> Partition:
     """One client for each value of a key column; the key is not used. Ids: "workclass=Private", %-escaped.
 
-    Values with fewer than min_samples rows share one client, "column=(other)".
-    Raises ConfigError for an unknown column, or when those are still fewer than min_samples together.
+    Values with fewer than min_samples rows share one client, "column=(other)"; while that is still too small,
+    the next smallest value joins it. Raises ConfigError for an unknown column, or too few rows altogether.
     """
     del key
-    _count("natural", "min_samples", min_samples)
+    _check_clients("natural", examples, 1, min_samples)
     values, owner = np.unique(_clean("natural", examples, column), return_inverse=True)
     sizes = np.bincount(owner)
     small = sizes < min_samples
+    if small.any():
+        by_size = np.argsort(sizes, kind="stable")
+        enough = np.searchsorted(np.cumsum(sizes[by_size]), min_samples) + 1
+        small[by_size[:enough]] = True
     names = [_name(column, value) for value in values[~small]]
     if small.any():
-        if sizes[small].sum() < min_samples:
-            raise ConfigError(
-                f"natural(column={column!r}, min_samples={min_samples}): "
-                f"{small.sum()} small groups have only {sizes[small].sum()} rows together",
-                "lower min_samples",
-            )
         place = np.where(small, len(names), np.cumsum(~small) - 1)
         owner = place[owner]
         names.append(f"{quote(column, safe='')}=(other)")
@@ -391,7 +389,7 @@ def _check_clients(kind: str, examples: Examples, clients: int, min_samples: int
         least = f", min_samples={min_samples}" if min_samples > 1 else ""
         raise ConfigError(
             f"{kind}(clients={clients}{least}): the data has only {n} rows",
-            f"use at most {n // min_samples} clients",
+            f"use at most {n // min_samples} clients" if n >= min_samples else "lower min_samples",
         )
     return n
 

@@ -162,7 +162,7 @@ def _fetch(url: str, path: Path, digest: str, schemes: Sequence[str]) -> None:
                 file.write(piece)
         if seen.hexdigest() != digest:
             raise DataError(
-                f"{url}: got {received} bytes with SHA-256 {seen.hexdigest()}, the published file has {digest}",
+                f"{url}: {received} bytes with SHA-256 {seen.hexdigest()}, the published file has {digest}",
                 "try again; if it stays so, the file at that address is not the published one",
             )
         Path(temporary).chmod(0o644)
