@@ -1,0 +1,19 @@
+"""What all tests share: one thread, and where the real data lies."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+BESIDE = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets: COTERIE_DATA, or ../shared/data beside the repository."""
+    folder = Path(os.environ.get("COTERIE_DATA") or BESIDE)
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is not there; set COTERIE_DATA to a folder of data sets")
+    return folder
