@@ -9,6 +9,7 @@ from PIL import Image
 
 from coterie.core.errors import DataError
 from coterie.data import cifar10, mnist
+from coterie.data.datasets import CIFAR10
 from coterie.data.idx import read_idx
 from coterie.data.images import read_cifar_binary, read_jpegs
 
@@ -96,7 +97,7 @@ def test_a_truncated_or_corrupt_gz_is_named_with_the_byte(tmp_path):
 def test_images_and_labels_that_do_not_belong_together_are_refused(tmp_path):
     small_mnist(tmp_path)
     (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros(4, np.uint8))))
-    with pytest.raises(DataError, match="t10k-labels.*\\[4\\] for images of shape \\[3, 28, 28\\]"):
+    with pytest.raises(DataError, match=r"t10k-labels.*\[4\] for images of shape \[3, 28, 28\]"):
         mnist(folders=[tmp_path])
     (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").write_bytes(
         gzip.compress(idx(np.full(3, 10, np.uint8)))
@@ -139,21 +140,46 @@ def test_a_broken_member_is_named(tmp_path, fault):
     assert f"{path}: member {name!r}" in str(caught.value)
 
 
-def test_a_cut_archive_is_named_with_the_last_good_member(tmp_path):
+@pytest.mark.parametrize(("suffix", "mode"), [("xz", "w:xz"), ("gz", "w:gz")])
+def test_a_cut_or_changed_archive_is_never_taken_for_a_whole_one(tmp_path, suffix, mode):
     members = [
-        (f"t/cat/{i}.jpg", jpeg(DRAW.integers(0, 256, (32, 32, 3), dtype=np.uint8))) for i in range(40)
+        (f"t/cat/{i}.jpg", jpeg(DRAW.integers(0, 256, (32, 32, 3), dtype=np.uint8))) for i in range(12)
     ]
-    path = tar(tmp_path / "a.tar", members, "w")
+    path = tar(tmp_path / f"a.tar.{suffix}", members, mode)
     raw = path.read_bytes()
-    path.write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(DataError, match=r"cannot be read after member 't/cat/\d+\.jpg'"):
+    assert len(read_jpegs(path, ["cat"])[1]) == 12
+    for cut in [*range(100, len(raw), 97), len(raw) - 1]:
+        path.write_bytes(raw[:cut])
+        with pytest.raises(DataError, match=r"cannot be read after (the start|member)"):
+            read_jpegs(path, ["cat"])
+    path.write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+    with pytest.raises(DataError, match=r"cannot be read after member 't/cat/11\.jpg'"):
         read_jpegs(path, ["cat"])
-    packed = tar(tmp_path / "a.tar.xz", members)
-    packed.write_bytes(packed.read_bytes()[:5000])
-    with pytest.raises(DataError, match="cannot be read after"):
-        read_jpegs(packed, ["cat"])
+
+
+def test_an_archive_without_images_is_refused(tmp_path):
     with pytest.raises(DataError, match="no images"):
-        read_jpegs(tar(tmp_path / "empty.tar", [], "w"), ["cat"])
+        read_jpegs(tar(tmp_path / "empty.tar.xz", []), ["cat"])
+
+
+def test_cifar10_is_joined_from_its_jpeg_archives(tmp_path):
+    (tmp_path / "cifar10-jpg").mkdir()
+    flat = [jpeg(np.full((32, 32, 3), 20 * i, dtype=np.uint8)) for i in range(10)]
+    for name, raw in zip(CIFAR10, flat, strict=True):
+        member = f"train/{name}/0000.jpg"
+        tar(
+            tmp_path / "cifar10-jpg" / f"train_{name}.tar.xz",
+            [(member, raw), (member.replace("0.", "1."), raw)],
+        )
+    tests = [(f"test/{name}/0000.jpg", raw) for name, raw in zip(CIFAR10, flat, strict=True)]
+    tar(tmp_path / "cifar10-jpg" / "test.tar.xz", tests)
+    data = cifar10(folders=[tmp_path / "none", tmp_path])
+    assert data.train.y.tolist() == [i for i in range(10) for _ in range(2)]
+    assert data.test.y.tolist() == list(range(10))
+    assert (data.train.x.float().mean(dim=(1, 2, 3)) - 20 * data.train.y).abs().max() < 3
+    (tmp_path / "cifar10-jpg" / "train_frog.tar.xz").unlink()
+    with pytest.raises(DataError, match=r"has no train_frog\.tar\.xz"):
+        cifar10(folders=[tmp_path])
 
 
 def binary(folder, change=None):
@@ -184,11 +210,11 @@ def test_a_broken_binary_archive_is_named(tmp_path):
     path = tmp_path / "cifar10" / "cifar-10-binary.tar.gz"
     batch = "cifar-10-batches-bin/data_batch_3.bin"
     binary(tmp_path, lambda raw: raw.update({batch: raw[batch][:-1]}))
-    with pytest.raises(DataError, match="data_batch_3.bin': 12291 bytes are not whole records"):
+    with pytest.raises(DataError, match=r"data_batch_3\.bin': 12291 bytes are not whole records"):
         read_cifar_binary(path)
     binary(tmp_path, lambda raw: raw.update({batch: raw[batch][:6146] + b"\x0b" + raw[batch][6147:]}))
-    with pytest.raises(DataError, match="data_batch_3.bin': byte 6146: label 11"):
+    with pytest.raises(DataError, match=r"data_batch_3\.bin': byte 6146: label 11"):
         read_cifar_binary(path)
     binary(tmp_path, lambda raw: raw.pop(batch))
-    with pytest.raises(DataError, match="no data_batch_3.bin"):
+    with pytest.raises(DataError, match=r"no data_batch_3\.bin"):
         read_cifar_binary(path)

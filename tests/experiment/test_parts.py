@@ -316,6 +316,9 @@ def test_load_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         error = error_of(lambda spec=spec: load_object(spec, "model.kind", tmp_path))
         assert message in error.args[0]
         assert hint in error.hint
-    file.write_text("import no_such_module_here\n")
-    with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
-        load_object("model.py:Net", "model.kind", tmp_path)
+    (tmp_path / "needs_more.py").write_text("import no_such_module_here\n")
+    for spec in ("needs_more.py:Net", "needs_more:Net"):  # the user's own import error is theirs to see
+        with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
+            load_object(spec, "model.kind", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert load_object("model.py:Net", "model.kind", tmp_path / "runs").width == 5

@@ -1,15 +1,16 @@
 """The report in a real browser: drawn, wide enough, narrow enough, and legible in the dark."""
 
+import json
 import shutil
 
 import pytest
-from run_folders import load, make_run, save
 
 from coterie.experiment import report
 
 browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (browser and driver), reason="needs chromium and chromedriver on PATH")
 
+NAME = "<script>document.title = 'taken'</script>"
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
     "--disable-sync --no-first-run"
@@ -48,13 +49,13 @@ return [...document.querySelectorAll('svg')].map(svg => {
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
+def pages(make_run, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     full = make_run(root / "full", rounds=12, clients=30)
-    bare = make_run(root / "bare", rounds=3, clients=3, name="<script>document.title = 'taken'</script>")
-    for name in ("metrics.jsonl", "clients.json"):
-        (bare / name).unlink()
-    save(bare, "result", load(bare, "result") | {"status": "failed", "error": "x" * 500, "baselines": None})
+    bare = make_run(root / "bare", rounds=3, clients=3, name=NAME)
+    for file in ("metrics.jsonl", "clients.json"):
+        (bare / file).unlink()
+    (bare / "result.json").write_text(json.dumps({"name": NAME, "status": "failed", "error": "x" * 500}))
     many = make_run(root / "a-rather-long-name-that-does-not-break", clients=1000, rounds=100)
     return {
         "full": report.write(full),
@@ -127,6 +128,6 @@ def test_all_text_has_contrast(chromium, pages, name, scheme):
 
 def test_names_do_not_act_and_nothing_is_fetched(chromium, pages):
     script = look(chromium, pages["bare"])
-    assert chromium.title == "<script>document.title = 'taken'</script>"
+    assert chromium.title == NAME
     fetched = script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in fetched if not name.startswith("data:")] == []

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from committer import CLIENTS, commits
 
 from coterie.core.errors import RunError
 from coterie.core.seeds import derive, rng
 from coterie.storage import Checkpoints, Memories, RunFolder, load_tree, save_tree, write_atomic
-
-CLIENTS = ["ann", "Ann", "../bob"]
 
 
 def expected(rounds):
@@ -61,34 +60,29 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
     for path in (run, whole):
         RunFolder.create(None, "", out=path).write_config({})
     draw = rng(derive(7, "kills"))
-    kills = [f"event {n}" for n in range(1, 71)] + [f"after {draw.uniform(0, 0.04)}" for _ in range(30)]
+    kills = [f"event {n}" for n in range(1, 41)] + [f"after {draw.uniform(0, 0.04)}" for _ in range(20)]
     script = [sys.executable, str(Path(__file__).with_name("committer.py"))]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-    def start(path):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        return subprocess.Popen([*script, str(path)], **pipes, text=True, env=one_thread)
-
-    def tell(process, command):
+    def tell(command):
         process.stdin.write(f"{command}\n")
         process.stdin.flush()
         return int(process.stdout.readline())
 
     reached = []
-    with start(run) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([*script, str(run)], **pipes, text=True, env=one_thread) as process:
         for kill in kills:
-            assert tell(process, kill) == -signal.SIGKILL
+            assert tell(kill) == -signal.SIGKILL
             shutil.copytree(run, copy)  # so that the run itself resumes from what the kill left, unaided
             reached.append(check(copy))
             shutil.rmtree(copy)
         assert reached == sorted(reached)
         assert len(set(reached)) > 20  # the kills did fall into different commits
         last = reached[-1] + 5
-        assert tell(process, f"until {last}") == 0
+        assert tell(f"until {last}") == 0
         process.stdin.close()
-    with start(whole) as process:
-        assert tell(process, f"until {last}") == 0
-        process.stdin.close()
+    commits(whole, last)
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     ends = [RunFolder.open(path).checkpoints().latest() for path in (run, whole)]
     assert [end[0] for end in ends] == [last, last]

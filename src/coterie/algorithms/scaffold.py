@@ -43,7 +43,7 @@ def scaffold(
         up, _ = work.finish(params, down, carry, steps)
         scale = 1.0 / (steps * carry["lr"])
         control = trees.map_tree(
-            lambda c_i, c, delta: c_i - c + scale * delta, carry["c_i"], carry["c"], up["delta"]
+            lambda c_i, c, delta: c_i - c + scale.to(delta.dtype) * delta, carry["c_i"], carry["c"], up["delta"]
         )
         return {**up, "control": trees.subtract(control, carry["c_i"])}, control
 

@@ -38,7 +38,7 @@ _NUMBERS: dict[str, Callable[[Any], int | float | Fraction]] = {
     "fraction": lambda body: Fraction(int(body[0], 16), int(body[1], 16)),
 }
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {  # `down` and `up` may be any tree
-    **dict.fromkeys(["id", "version", "round"], (int,)),
+    **dict.fromkeys(["id", "version", "round", "samples"], (int,)),
     **dict.fromkeys(["memory", "thread"], (int, NoneType)),
     **dict.fromkeys(["client", "kind"], (str,)),
     **dict.fromkeys(["config", "metrics"], (dict,)),
@@ -89,18 +89,14 @@ class _Encoder:
         if isinstance(value, Tensor):
             return {"tensor": self._tensor(value, path)}
         if kind is list or kind is tuple:
-            items = [self.node(item, f"{path}/{index}", depth + 1) for index, item in enumerate(value)]
-            return items if kind is list else {"tuple": items}
+            nodes = [self.node(item, f"{path}/{index}", depth + 1) for index, item in enumerate(value)]
+            return nodes if kind is list else {"tuple": nodes}
         if kind is dict:
             for key in value:
                 if type(key) is not str and type(key) is not int:
                     raise TypeError(f"encode: key {key!r} at {path or '/'} is neither str nor int")
-            pairs = value.items()
-            return {
-                "dict": [
-                    [self.node(k, path, depth), self.node(v, f"{path}/{k}", depth + 1)] for k, v in pairs
-                ]
-            }
+            items = value.items()
+            return {"dict": [[_PLAIN[type(k)](k), self.node(v, f"{path}/{k}", depth + 1)] for k, v in items]}
         if kind is Task or kind is Reply:
             if problem := _misfit(value):
                 raise TypeError(f"encode: {problem} at {path or '/'}")

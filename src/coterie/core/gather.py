@@ -49,7 +49,7 @@ def empty(aggregator: Aggregator) -> Fold:
 
 def take(fold: Fold, aggregator: Aggregator, reply: Reply, scale: float = 1.0) -> Fold:
     """Fold one reply in, its weight times `scale` (staleness). Raises NonFinite naming the client."""
-    if reply.answers:
+    if reply.task.kind == "fold":  # a relay's; it may hold nothing, when all of its clients were lost
         return merge(fold, aggregator, Fold(*reply.up))
     client, weight = reply.task.client, reply.weight * scale
     for name, value in reply.metrics.items():
@@ -122,7 +122,7 @@ def gather(
                 raise
             _lose(got, [str(error)])
             continue
-        got.accepted.update(event.answers or [(event.task.client, event.task.id)])
+        got.accepted.update(event.answers if event.task.kind == "fold" else [(event.task.client, event.task.id)])
     rest = [Cancel(task) for task in waiting]
     if deadline is not None:
         rest.append(Cancel(timer))

@@ -50,7 +50,7 @@ class Reply:
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: int = 0  # how many examples the training saw, repeats included
-    answers: tuple[tuple[ClientId, int], ...] = ()  # non-empty: `up` is an unfinished accumulator of these
+    answers: tuple[tuple[ClientId, int], ...] = ()  # to a "fold" Task: whose replies are folded into `up`
 
 
 class Lost(NamedTuple):

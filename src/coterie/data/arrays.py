@@ -116,11 +116,11 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, Column]:
     name = "(the archive's index)"
     arrays: dict[str, Column] = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(
-                    f"{path}: holds one array, not an archive of named ones", "save it with numpy.savez"
-                )
+        if not zipfile.is_zipfile(path):
+            raise DataError(
+                f"{path}: not a whole archive of arrays", "get it again, or save with numpy.savez"
+            )
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             for name in names:
                 if name not in archive.files:
                     raise DataError(f"{path}: no array {name!r}", f"it has {', '.join(archive.files)}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import lzma
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coterie.core.errors import DataError
+from coterie.data.sources import CHUNK, UNREADABLE, open_packed
 
 Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images [n, 3, 32, 32], class indices [n]
 SIDE = 32
@@ -21,7 +20,7 @@ RECORD = 1 + 3 * SIDE * SIDE
 
 
 def read_jpegs(path: Path, classes: Sequence[str]) -> Labelled:
-    """Read a tar archive (any compression) of 32x32 colour JPEGs, each in a folder named by its class.
+    """Read a tar archive (plain, .gz or .xz) of 32x32 colour JPEGs, each in a folder named by its class.
 
     Raises DataError that names the member that is broken, of another size, or in another folder.
     """
@@ -80,15 +79,18 @@ def read_cifar_binary(path: Path) -> tuple[Labelled, Labelled]:
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     last = "the start"
     try:
-        with tarfile.open(path, "r|*") as archive:
-            for member in archive:
-                if member.isfile():
-                    content = archive.extractfile(member)
-                    assert content is not None
-                    raw = content.read()
-                    last = f"member {member.name!r}"
-                    yield member.name, raw
-    except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        with open_packed(path) as file:
+            with tarfile.open(fileobj=file, mode="r|") as archive:
+                for member in archive:
+                    if member.isfile():
+                        content = archive.extractfile(member)
+                        assert content is not None
+                        raw = content.read()
+                        last = f"member {member.name!r}"
+                        yield member.name, raw
+            while file.read(CHUNK):  # the checksum is at the very end
+                pass
+    except (tarfile.TarError, *UNREADABLE) as error:
         raise DataError(
             f"{path}: cannot be read after {last}: {error}", "the archive is damaged; get it again"
         ) from (error)

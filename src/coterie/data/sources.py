@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import lzma
 import os
 import tempfile
 import urllib.error
@@ -12,12 +13,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from http.client import HTTPException
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 from coterie.core.errors import ConfigError, DataError
 
 CHUNK = 1 << 20
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged file can raise
 TIMEOUT = 60.0  # seconds without a byte
 
 LARGEST = 1 << 28  # bytes; no file below is longer, and an endless answer must not fill the disk
@@ -92,14 +95,21 @@ def find_path(path: str | Path, folders: Sequence[Path] | None) -> Path:
     )
 
 
+def open_packed(path: Path) -> BufferedIOBase:
+    """Open a file to read its bytes, unpacked if its name ends in ".gz" or ".xz"."""
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    return lzma.open(path) if path.suffix == ".xz" else path.open("rb")
+
+
 def read_bytes(path: Path) -> bytes:
-    """Read a file, unpacked if its name ends in ".gz". Raises DataError with the offset where it breaks."""
+    """Read a file as `open_packed` does. Raises DataError with the offset where it breaks."""
     pieces: list[bytes] = []
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_packed(path) as file:
             while piece := file.read1(CHUNK):  # read() would lose what came before a break
                 pieces.append(piece)
-    except (OSError, EOFError, zlib.error) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{path}: cannot be read after byte {sum(map(len, pieces))} of its content: {error}",
             "the file is damaged or cut short; get it again",

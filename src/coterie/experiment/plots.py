@@ -230,9 +230,10 @@ def accuracy_distribution(
                 va="top",
             )
         ax.set_title(title, color=color)
-        ax.margins(y=0.4)
-        # No tick at the height of the two names.
-        ax.yaxis.set_major_locator(MaxNLocator(3, integer=True, prune="upper"))
+    # The two names stand above the tallest bar, where no tick may be.
+    peak = max(np.histogram(values, bins)[0].max() for _, _, values in groups)
+    axes[0].set_ylim(0, 1.35 * peak)
+    axes[0].set_yticks([y for y in MaxNLocator(3, integer=True).tick_values(0, peak) if y <= peak])
     axes[-1].set_xlabel(f"{metric} (height of a bar: clients)")
     if metric == "accuracy":
         axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g} %"))

@@ -84,7 +84,7 @@ def to_svg(fig: Figure) -> str:
     with warnings.catch_warnings():
         # The viewer's fonts draw the text, so glyphs that are missing here do not matter.
         warnings.filterwarnings("ignore", r"(?s)Glyph .* missing from font", UserWarning)
-        fig.savefig(buffer, format="svg", metadata={"Date": None})
+        fig.savefig(buffer, format="svg")
     svg = buffer.getvalue()
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     used = set(re.findall(r'(?:href="|url\()#([\w-]+)', svg))

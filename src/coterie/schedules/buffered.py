@@ -100,7 +100,7 @@ class Buffered:
                     f"version {version}: {lost_in_a_row} clients in a row were lost, the last one: {reason}",
                     "see run.log for each client's error; then mend it and go on with --resume",
                 )
-            if len(got.accepted) == self.buffer:
+            if asked - got.fold.lost == self.buffer:
                 state = algorithm.finalize(state, *algorithm.aggregator.finish(got.fold.acc))
                 version, down = version + 1, algorithm.broadcast(state)
                 if algorithm.client_work.remember is not None:

@@ -1,9 +1,10 @@
-"""Synthetic run folders for the tests of the report."""
+"""Synthetic run folders for the tests of the report, as a fixture: test modules cannot import each other."""
 
 import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 CONFIG = """name = "{name}"
 seed = 7
@@ -26,7 +27,7 @@ cohort = 10
 """
 
 
-def make_run(
+def _make_run(
     folder: Path, *, name="mnist-dirichlet", rounds=50, clients=100, top=0.97, task="classification"
 ):
     """A finished run that learns like MNIST on a Dirichlet(0.3) partition. Returns the folder."""
@@ -106,16 +107,12 @@ def make_run(
     }
     (folder / "config.toml").write_text(CONFIG.format(name=name, clients=clients, rounds=rounds))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    save(folder, "result", result)
-    save(folder, "clients", described)
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "clients.json").write_text(json.dumps(described))
     return folder
 
 
-def load(folder: Path, name: str) -> dict:
-    """result.json or clients.json."""
-    return json.loads((folder / f"{name}.json").read_text())
-
-
-def save(folder: Path, name: str, value: dict) -> None:
-    """Write result.json or clients.json."""
-    (folder / f"{name}.json").write_text(json.dumps(value))
+@pytest.fixture(scope="session")
+def make_run():
+    """make_run(folder, name=, rounds=, clients=, top=, task=) makes a run folder and returns it."""
+    return _make_run
