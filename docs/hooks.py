@@ -5,10 +5,12 @@
 repository's root.
 """
 
+import ast
 import importlib
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -124,14 +126,37 @@ def on_page_markdown(text: str, **_: Any) -> str:
     return re.sub(r"<!-- include: ([\w.]+) -->", lambda found: included(found[1]), text)
 
 
-class PlainDocstrings(griffe.Extension):
-    """Keeps `<folder>` in a docstring from being taken for HTML, and a drawn tree in its lines."""
+class Docstrings(griffe.Extension):
+    """Makes Markdown of docstrings that were written to be read as text."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Escape the docstring of anything that griffe finds."""
-        if obj.docstring:
-            text = re.sub(r"<(?=[a-z]+>)", "&lt;", obj.docstring.value)
-            obj.docstring.value = re.sub(r"(?m)^\w+\n([├│└].*(\n|\Z))+", "```text\n\\g<0>\n```\n", text)
+        """Mend the docstring of anything that griffe finds; records also show their fields and comments."""
+        if not obj.docstring:
+            return
+        text = obj.docstring.value
+        if isinstance(obj, griffe.Module) and isinstance(obj.filepath, Path):
+            tree = ast.parse(obj.filepath.read_text("utf-8"))
+            text = ast.get_docstring(tree, clean=False) or text  # clean dedents a last paragraph of formulas
+        text = re.sub(r"<(?=[a-z]+>)", "&lt;", text)
+        text = re.sub(r"(?m)^\w+\n([├│└].*(\n|\Z))+", "```text\n\\g<0>\n```\n", text)
+        text = re.sub(r"(?m)^(?!- )(.+)\n(?=- )", r"\1\n\n", text)
+        if isinstance(obj, griffe.Class) and (drawn := record_fields(obj)):
+            text += f"\n\n```python\n{drawn}\n```"
+        obj.docstring.value = text
+
+
+def record_fields(record: griffe.Class) -> str:
+    """The lines of a class that declare its public fields."""
+    lines = textwrap.dedent(record.source).splitlines()
+    (tree,) = ast.parse("\n".join(lines)).body
+    nodes = [node for node in getattr(tree, "body", ()) if isinstance(node, ast.AnnAssign)]
+    shown = [
+        line.removeprefix("    ")
+        for node in nodes
+        if not ast.unparse(node.target).startswith("_")
+        for line in lines[node.lineno - 1 : node.end_lineno]
+    ]
+    return "\n".join(shown)
 
 
 def included(name: str) -> str:
@@ -140,24 +165,20 @@ def included(name: str) -> str:
 
 
 def room(name: str) -> str:
-    """The room's docstring, then its files: each with its docstring and what the room's `__all__` takes from it.
+    """The room's docstring, then its files, each with what the room's `__all__` takes from it.
 
     Of core, which algorithms are written with, every file is shown, with all that is public in it.
     """
     index = importlib.import_module(f"coterie.{name}")
     blocks = [f"# {name}\n\n::: coterie.{name}\n    options: {{ members: false }}"]
-    for path in sorted(
-        Path(index.__file__ or "").parent.glob("[a-z]*.py"), key=lambda path: (path.stem != "types", path)
-    ):
+    paths = Path(index.__file__ or "").parent.glob("[a-z]*.py")
+    for path in sorted(paths, key=lambda path: (path.stem != "types", path)):
         module = f"coterie.{name}.{path.stem}"
-        members = [
-            each for each in index.__all__ if getattr(getattr(index, each), "__module__", "") == module
-        ]
+        origin = {each: getattr(getattr(index, each), "__module__", "") for each in index.__all__}
+        members = [each for each, home in origin.items() if home == module]
         if members or name == "core":
-            options = (
-                "{ heading_level: 3 }" if name == "core" else f"{{ heading_level: 3, members: {members} }}"
-            )
-            blocks.append(f"## {path.stem}\n\n::: {module}\n    options: {options}")
+            chosen = "" if name == "core" else f", members: {members}"
+            blocks.append(f"## {path.stem}\n\n::: {module}\n    options: {{ heading_level: 3{chosen} }}")
     return "\n\n".join(blocks)
 
 
@@ -173,16 +194,11 @@ def default(setting: Setting) -> str:
     value = setting.default
     if setting.required:
         return "required"
-    if callable(value):
-        return '`{ kind = "polynomial" }`' if setting.name == "staleness" else "(see below)"
-    shown = (
-        {None: "none", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else None
-    )
-    if isinstance(value, tuple):
-        shown = str(list(value))
-    elif isinstance(value, str):
-        shown = f'"{value}"'
-    return f"`{shown or value}`"
+    if value is None:
+        return "`none`"
+    if callable(value):  # the discounts of staleness are functions
+        return '`{ kind = "polynomial" }`'
+    return f"`{json.dumps(value)}`"
 
 
 def cited(text: str) -> str:

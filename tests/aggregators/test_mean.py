@@ -17,7 +17,7 @@ WEIGHTS = st.floats(0, 1e3, **FINITE) | st.just(0.0)
 UPDATES = st.lists(
     st.tuples(st.lists(st.floats(-1e4, 1e4, **FINITE), min_size=3, max_size=3), WEIGHTS), min_size=1, max_size=8
 ).filter(lambda replies: any(weight > 1e-3 for _, weight in replies))
-QUICK = settings(max_examples=100, deadline=None, derandomize=True)
+QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def update(values, dtype=torch.float64):

@@ -89,6 +89,7 @@ def containers(child):
         up=child,
         weight=st.floats() | st.integers() | st.fractions(),
         metrics=st.dictionaries(st.text(max_size=3), st.floats(), max_size=2),
+        samples=ids,
         answers=st.lists(st.tuples(st.text(max_size=3), ids), max_size=2).map(tuple),
     )
     lists = st.lists(child, max_size=4)

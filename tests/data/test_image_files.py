@@ -116,6 +116,13 @@ def test_jpegs_are_read_from_the_archive(tmp_path):
     assert abs(x[0, :, 5, 5].astype(int) - [200, 100, 50]).max() <= 3
 
 
+def test_jpegs_stay_upright(tmp_path):
+    rows = np.repeat(np.arange(32, dtype=np.uint8)[:, None] * 8, 32, axis=1)
+    path = tar(tmp_path / "a.tar.xz", [("cat/0.jpg", jpeg(np.stack([rows] * 3, axis=2)))])
+    x, _ = read_jpegs(path, ["cat"])
+    assert abs(x[0].astype(int) - rows).max() <= 6
+
+
 @pytest.mark.parametrize("fault", ["broken", "cut", "png", "size", "grey", "folder"])
 def test_a_broken_member_is_named(tmp_path, fault):
     good = jpeg(DRAW.integers(0, 256, (32, 32, 3), dtype=np.uint8))

@@ -231,7 +231,7 @@ def test_range_is_ordered_and_near_the_quantiles(labelled):
 
 
 @settings(max_examples=100, deadline=None)
-@given(counts=st.lists(st.integers(1, 50), min_size=1, max_size=12), data=st.data())
+@given(counts=st.lists(st.integers(1, 3) | st.integers(100, 300), min_size=1, max_size=12), data=st.data())
 def test_range_with_heavy_ties_leaves_nobody_empty(counts, data):
     values = np.repeat(np.arange(len(counts)), counts)
     examples = Examples(

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import matplotlib
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.core.errors import DataError
@@ -287,6 +287,17 @@ def test_distribution_counts_every_client_once(run):
     values = [c["accuracy"] for c in clients["clients"]]
     marks = sorted(line.get_xdata()[0] for line in federated.get_lines())
     assert marks == pytest.approx([plots.worst_decile(values), np.mean(values)])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_names_of_mean_and_worst_tenth_do_not_overlap(values):
+    figure = plots.accuracy_distribution({"clients": [{"accuracy": v} for v in values]})
+    plots.to_svg(figure)  # lays it out
+    left, right = sorted((t.get_window_extent() for t in figure.axes[0].texts), key=lambda box: box.x0)
+    assert left.x1 < right.x0
+    assert left.x0 >= figure.bbox.x0
+    assert right.x1 <= figure.bbox.x1
 
 
 def test_bytes_add_up(run):

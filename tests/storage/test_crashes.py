@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from committer import CLIENTS, commits
 
 from coterie.core.errors import RunError
 from coterie.core.seeds import derive, rng
 from coterie.storage import Checkpoints, Memories, RunFolder, load_tree, save_tree, write_atomic
+
+COMMITTER = Path(__file__).with_name("committer.py")
+CLIENTS, commits = (runpy.run_path(str(COMMITTER))[name] for name in ("CLIENTS", "commits"))
 
 
 def expected(rounds):
@@ -61,7 +64,6 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
         RunFolder.create(None, "", out=path).write_config({})
     draw = rng(derive(7, "kills"))
     kills = [f"event {n}" for n in range(1, 41)] + [f"after {draw.uniform(0, 0.04)}" for _ in range(20)]
-    script = [sys.executable, str(Path(__file__).with_name("committer.py"))]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
     def tell(command):
@@ -71,7 +73,9 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
 
     reached = []
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([*script, str(run)], **pipes, text=True, env=one_thread) as process:
+    with subprocess.Popen(
+        [sys.executable, str(COMMITTER), str(run)], **pipes, text=True, env=one_thread
+    ) as process:
         for kill in kills:
             assert tell(kill) == -signal.SIGKILL
             shutil.copytree(run, copy)  # so that the run itself resumes from what the kill left, unaided

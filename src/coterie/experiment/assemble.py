@@ -18,9 +18,10 @@ from coterie.backends import DURATIONS, InProcess, drop_out
 from coterie.core import Aggregator, Algorithm, ConfigError, derive, fold_task, interleave, seeded
 from coterie.data import DATASETS, PARTITIONS, Dataset, Population, from_torch, populate
 from coterie.experiment import parts
-from coterie.experiment.config import Config, data_folders
+from coterie.experiment.config import Config, data_folders, to_dict
 from coterie.models import MODELS
 from coterie.schedules import SCHEDULES, STALENESS, Buffered, Gossip
+from coterie.schedules.synchronous import share
 from coterie.trainers import Custom, Loop, Problem
 
 TRAINERS = ("auto", "loop", "custom")
@@ -83,6 +84,9 @@ def assemble(
     made = Parts(config, population, problem, initial, local, algorithm, schedule, trainer, note, test)
     made.backend(None, None)  # checks [system]
     _refuse_pairs(made)
+    plan = schedule(algorithm, algorithm.init(initial), population.clients)
+    next(plan)  # a plan does no I/O, so what it would refuse at its start is found out here
+    plan.close()
     return made
 
 
@@ -105,6 +109,41 @@ def load_population(config: Config, dataset: Dataset) -> Population:
     provided = {"examples": dataset.train, "key": derive(config.seed, "partition")}
     partition = parts.build(PARTITIONS, config.data["partition"], "data.partition", provided)
     return populate(dataset, partition, holdout=config.data["holdout"], key=derive(config.seed, "holdout"))
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The config as plain values with every default filled in; `load` reads it back as the same experiment."""
+    out = to_dict(config)
+    loader = {name: value for name, value in config.data.items() if name not in ("partition", "holdout")}
+    if ":" not in config.data["dataset"]:
+        out["data"] = {**out["data"], **parts.resolve(DATASETS, loader, "data", ("folders",), by="dataset")}
+    partition = parts.resolve(PARTITIONS, config.data["partition"], "data.partition", ("examples", "key"))
+    out["data"] = {**out["data"], "partition": partition}
+    if ":" not in config.model.get("kind", ":"):
+        out["model"] = parts.resolve(MODELS, config.model, "model", ("input_shape", "outputs"))
+    tables = {name: config.algorithm[name] for name in ("client", "server", "aggregator") if name in config.algorithm}
+    rest = {name: value for name, value in config.algorithm.items() if name not in tables}
+    server = tables.get("server", {})
+    make, _ = parts.choose(ALGORITHMS, rest, "algorithm")
+    if "local" in inspect.signature(make).parameters:
+        client = {"optimizer": "sgd", **tables.get("client", {})}
+        table = {"optimizer": OPTIMIZERS[client["optimizer"]], "steps": Local}
+        named = {half: inspect.signature(make).parameters for half, make in table.items()}
+        for half in table:
+            mine = {name: value for name, value in client.items() if name in named[half] and name != "optimizer"}
+            full = parts.resolve(table, {"kind": half, **mine}, "algorithm.client", ("optimizer",))
+            client |= {name: value for name, value in full.items() if name != "kind"}
+        tables["client"] = client
+    if "server" in inspect.signature(make).parameters and server:
+        tables["server"] = parts.resolve(OPTIMIZERS, {"optimizer": "sgd", **server}, "algorithm.server", by="optimizer")
+    given = ("population", "local", "server", "aggregator", *server)
+    out["algorithm"] = {**parts.resolve(ALGORITHMS, rest, "algorithm", given), **tables}
+    staleness = config.schedule.get("staleness")
+    section = {name: value for name, value in config.schedule.items() if name != "staleness"}
+    out["schedule"] = parts.resolve(SCHEDULES, section, "schedule", ("key", "size", "on_nan", "staleness"))
+    if staleness:
+        out["schedule"]["staleness"] = parts.resolve(STALENESS, staleness, "schedule.staleness")
+    return out
 
 
 def _problem(config: Config, dataset: Dataset, model: nn.Module | None, device: torch.device) -> tuple[Problem, Any]:
@@ -284,6 +323,4 @@ def _refuse_pairs(made: Parts) -> None:
 
 
 def _cohort(made: Parts) -> int:
-    from coterie.schedules.synchronous import share
-
     return share(made.schedule.cohort, len(made.population.clients), "schedule.cohort", "clients")

@@ -218,12 +218,19 @@ def accuracy_distribution(
         left, right = ("worst tenth", worst), ("mean", mean)
         if worst > mean:
             left, right = right, left
-        for (name, x), align, pad in ((left, "right", -5), (right, "left", 5)):
+        # A name stands outside the two marks, unless it would leave the axes and there is room inside.
+        a, b = ((x - bins[0]) / (bins[-1] - bins[0]) for _, x in (left, right))
+        inside = a < 0.35 and b - a > 0.37
+        aligns = (
+            "left" if inside else "right",
+            "right" if b > 0.7 and b - a > 0.33 + 0.37 * inside else "left",
+        )
+        for (name, x), align in zip((left, right), aligns, strict=True):
             ax.axvline(x, color=INK, linewidth=1.4, linestyle="-" if name == "mean" else (0, (3, 2)))
             ax.annotate(
                 f"{name} {show(x, metric)}",
                 (x, 1),
-                (pad, -1),
+                (5 if align == "left" else -5, -1),
                 xycoords=ax.get_xaxis_transform(),
                 textcoords="offset points",
                 ha=align,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from coterie.core import (
 )
 from coterie.data import ClientData, Dataset, describe
 from coterie.experiment import baselines, report
-from coterie.experiment.assemble import Parts, assemble
-from coterie.experiment.config import Config, load, to_dict
+from coterie.experiment.assemble import Parts, assemble, resolved
+from coterie.experiment.config import Config, load
 from coterie.experiment.records import Progress, Result
 from coterie.experiment.tensorboard import board
 from coterie.storage import RunFolder, write_atomic
@@ -46,7 +46,7 @@ log = logging.getLogger("coterie")
 
 
 def run(
-    config: Config | dict[str, Any] | str | Path,
+    config: Config | Mapping[str, Any] | str | Path,
     *,
     out: Path | str | None = None,
     data_dir: Path | str | None = None,
@@ -65,6 +65,8 @@ def run(
     model, dataset, fit: objects to use instead of what the config names.
     Raises ConfigError or DataError before anything is written, RunError when the run fails, Interrupted.
     """
+    if isinstance(config, Mapping):
+        config = _naming({"data": {}, **config}, model, dataset)
     if not isinstance(config, Config):
         config = load(config)
     parts_of = {"model": model, "dataset": dataset, "fit": fit}
@@ -77,7 +79,7 @@ def run(
             folder = RunFolder.create(None, config.name, folder_out)
         with folder.lock(), _logged(folder.log):
             if not resume:
-                folder.write_config(to_dict(config))
+                folder.write_config(resolved(config))
             session = Session(parts, folder, watch or (lambda progress: None), stop or (lambda: False))
             return run_sync(session.run)
 
@@ -274,6 +276,16 @@ class Session:
         return result
 
 
+def _naming(config: Mapping[str, Any], model: nn.Module | None, dataset: Dataset | None) -> dict[str, Any]:
+    """Say in the config what was given as an object."""
+    named = dict(config)
+    if model is not None:
+        named["model"] = {"kind": f"python:{type(model).__name__}"}
+    if dataset is not None:
+        named["data"] = {**config["data"], "dataset": f"python:{dataset.name}"}
+    return named
+
+
 def _spread(by_client: dict[str, dict[str, float]]) -> dict[str, float]:
     """Mean over clients, and mean over the worst tenth of them (Li et al. 2020, arXiv:1905.10497)."""
     spread: dict[str, float] = {}
@@ -316,7 +328,8 @@ def _reopen(config: Config, out: Path | None) -> RunFolder:
     folder = RunFolder.open(out) if out is not None else RunFolder.latest(None, config.name)
     if folder is None:
         raise ConfigError(f"--resume: there is no run named {config.name!r} in runs/", "name its folder with --out")
-    was, now = _fixed(folder.config()), _fixed(to_dict(config))
+    settings = resolved(config)
+    was, now = _fixed(folder.config()), _fixed(settings)
     if was != now:
         section = next(name for name in {**was, **now} if was.get(name) != now.get(name))
         raise ConfigError(
@@ -325,7 +338,7 @@ def _reopen(config: Config, out: Path | None) -> RunFolder:
             f"resume with the run's own config, {folder.path / 'config.toml'}; [run], compare and "
             f"schedule.{', schedule.'.join(FREE_ON_RESUME)} may differ",
         )
-    folder.write_config(to_dict(config))
+    folder.write_config(settings)
     return folder
 
 
