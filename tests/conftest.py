@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("coterie", deadline=None)  # machines are shared: slow is no failure
+settings.load_profile("coterie")
 BESIDE = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -26,6 +26,7 @@ KNOWS: dict[str, set[str]] = {
     "dashboard": {"storage"},
 }
 KNOWS["experiment"] = set(KNOWS) - {"dashboard"}
+KNOWS["__main__"] = {"cli"}
 KNOWS["cli"] = {"experiment", "data", "core"}
 FACE = "__init__"  # coterie/__init__.py shows the public names of every room, so no room may import it
 

@@ -50,7 +50,9 @@ class World:
     def clients(self) -> tuple[str, ...]:
         return tuple(self.people)
 
-    def play(self, algorithm, schedule, *, trainer=None, data=None, plan=None, relays=None, **backend) -> Outcome:
+    def play(
+        self, algorithm, schedule, *, trainer=None, data=None, plan=None, relays=None, **backend
+    ) -> Outcome:
         """Drive the schedule's plan to its end. trainer: Loop unless told. backend: duration, dropped."""
         trainer, memories = trainer or Loop(self.problem, self.seed), Memories()
         sent, trained, events, commits = [], [], [], []
@@ -73,7 +75,9 @@ class World:
         backend.send = send
 
         def on_commit(commit):
-            memories.commit(commit.resume["memory"])  # never pruned: every commit's generations can be looked at
+            memories.commit(
+                commit.resume["memory"]
+            )  # never pruned: every commit's generations can be looked at
             commits.append(commit)
 
         plan = plan or schedule(algorithm, algorithm.init(self.problem.model()), self.clients)
@@ -131,4 +135,6 @@ def descended(a, y, rows, at, lr, correction=lambda at: 0.0) -> np.ndarray:
 
 def first_task(algorithm, model, client="client-1", round=0) -> Task:
     """The task a client gets from a server that holds `model`."""
-    return Task(0, client, round, round, algorithm.broadcast(algorithm.init(model)), config=algorithm.local(round))
+    return Task(
+        0, client, round, round, algorithm.broadcast(algorithm.init(model)), config=algorithm.local(round)
+    )

@@ -52,9 +52,9 @@ __version__ = _version("coterie")
 
 __all__ = [
     "Aggregator", "Algorithm", "ClientData", "ClientWork", "Config", "ConfigError", "Context", "CoterieError",
-    "DataError", "Dataset", "Examples", "Fit", "Interrupted", "Key", "Local", "Optimizer", "Progress", "Result",
-    "RunError", "derive", "dpsgd", "fedadagrad", "fedadam", "fedasync", "fedavg", "fedavgm", "fedbuff",
-    "fedprox", "fedsgd", "fedyogi", "from_torch", "krum", "load", "mean", "rng", "run", "scaffold",
+    "DataError", "Dataset", "Examples", "Fit", "Interrupted", "Key", "Local", "Optimizer", "Progress",
+    "Result", "RunError", "derive", "dpsgd", "fedadagrad", "fedadam", "fedasync", "fedavg", "fedavgm",
+    "fedbuff", "fedprox", "fedsgd", "fedyogi", "from_torch", "krum", "load", "mean", "rng", "run", "scaffold",
 ]  # fmt: skip
 
 

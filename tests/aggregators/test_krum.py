@@ -16,7 +16,9 @@ def brute_force(points, f, m=1):
     n = len(points)
     scores = []
     for i in range(n):
-        distances = sorted(sum((points[i][d] - points[j][d]) ** 2 for d in range(len(points[i]))) for j in range(n) if j != i)
+        distances = sorted(
+            sum((points[i][d] - points[j][d]) ** 2 for d in range(len(points[i]))) for j in range(n) if j != i
+        )
         scores.append(sum(distances[: n - f - 2]))
     best = sorted(range(n), key=scores.__getitem__)[:m]
     return np.mean([points[i] for i in best], axis=0), best, scores
@@ -38,7 +40,9 @@ def picked(aggregator, points, order=None):
     return aggregator.finish(acc)
 
 
-@pytest.mark.parametrize(("n", "f", "m"), [(5, 0, 1), (7, 2, 1), (11, 4, 1), (9, 1, 3), (10, 3, 7), (6, 0, 6)])
+@pytest.mark.parametrize(
+    ("n", "f", "m"), [(5, 0, 1), (7, 2, 1), (11, 4, 1), (9, 1, 3), (10, 3, 7), (6, 0, 6)]
+)
 def test_picks_what_brute_force_picks(n, f, m):
     draw = np.random.default_rng(n)
     for _ in range(5):
@@ -105,7 +109,9 @@ def test_distances_are_measured_on_the_named_part():
         aggregator = krum(byzantine=1, by=by)
         acc = aggregator.init()
         for delta, buffer in points:
-            acc = aggregator.add(acc, {"delta": torch.tensor([delta]), "buffers": torch.tensor([buffer])}, 1.0)
+            acc = aggregator.add(
+                acc, {"delta": torch.tensor([delta]), "buffers": torch.tensor([buffer])}, 1.0
+            )
         got = aggregator.finish(acc)[0]
         index = 2 if by else 1
         assert brute_force(seen, 1)[1] == [index]
@@ -130,7 +136,10 @@ def test_stacked_updates_are_single_ones():
     points = np.random.default_rng(5).normal(size=(7, 4))
     aggregator = krum(byzantine=2)
     ups = {
-        "delta": {"w": torch.from_numpy(points[:, :2]).reshape(7, 1, 2), "b": torch.from_numpy(points[:, 2:])},
+        "delta": {
+            "w": torch.from_numpy(points[:, :2]).reshape(7, 1, 2),
+            "b": torch.from_numpy(points[:, 2:]),
+        },
         "buffers": {"steps": torch.full((7,), 7)},
     }
     weights = [float(index + 1) for index in range(7)]

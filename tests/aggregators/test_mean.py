@@ -15,7 +15,9 @@ from coterie.core.trees import digest
 FINITE = {"allow_nan": False, "allow_infinity": False}
 WEIGHTS = st.floats(0, 1e3, **FINITE) | st.just(0.0)
 UPDATES = st.lists(
-    st.tuples(st.lists(st.floats(-1e4, 1e4, **FINITE), min_size=3, max_size=3), WEIGHTS), min_size=1, max_size=8
+    st.tuples(st.lists(st.floats(-1e4, 1e4, **FINITE), min_size=3, max_size=3), WEIGHTS),
+    min_size=1,
+    max_size=8,
 ).filter(lambda replies: any(weight > 1e-3 for _, weight in replies))
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -49,12 +51,18 @@ def nested(aggregator, replies, draw):
 @given(UPDATES, st.integers(0, 2**32), st.sampled_from([torch.float32, torch.float64]))
 def test_order_and_nesting_do_not_change_a_bit(replies, seed, dtype):
     both = each(delta=mean(), control=mean(uniform=True))
-    ups = [({"delta": update(values, dtype), "control": update(values[::-1], dtype)}, w) for values, w in replies]
+    ups = [
+        ({"delta": update(values, dtype), "control": update(values[::-1], dtype)}, w) for values, w in replies
+    ]
     draw = np.random.default_rng(seed)
     first, weight, count = both.finish(nested(both, ups, draw))
     again, again_weight, again_count = both.finish(nested(both, ups, draw))
     assert digest(first) == digest(again)
-    assert (weight, count) == (again_weight, again_count) == (float(sum(Fraction(w) for _, w in replies)), len(replies))
+    assert (
+        (weight, count)
+        == (again_weight, again_count)
+        == (float(sum(Fraction(w) for _, w in replies)), len(replies))
+    )
 
 
 @QUICK
@@ -66,7 +74,9 @@ def test_is_the_rational_mean_within_the_stated_bound(replies, uniform):
     for values, weight in replies:
         acc = aggregator.add(acc, update(values), weight)
     got, _, _ = aggregator.finish(acc)
-    pairs = [([Fraction(v) for v in values], Fraction(1 if uniform else weight)) for values, weight in replies]
+    pairs = [
+        ([Fraction(v) for v in values], Fraction(1 if uniform else weight)) for values, weight in replies
+    ]
     total = sum(weight for _, weight in pairs)
     for i, value in enumerate(flat(got)):
         exact = sum(weight * values[i] for values, weight in pairs) / total
@@ -79,7 +89,10 @@ def test_is_the_rational_mean_within_the_stated_bound(replies, uniform):
 @pytest.mark.parametrize("aggregator", [mean(), mean(uniform=True), each(a=mean(), b=mean(uniform=True))])
 def test_stacked_updates_are_single_ones(aggregator):
     draw = np.random.default_rng(0)
-    ups = {"a": torch.from_numpy(draw.normal(size=(5, 3, 2))), "b": {"c": torch.from_numpy(draw.normal(size=5))}}
+    ups = {
+        "a": torch.from_numpy(draw.normal(size=(5, 3, 2))),
+        "b": {"c": torch.from_numpy(draw.normal(size=5))},
+    }
     weights = [2.0, 0.5, 0.0, 3.0, 1.0]
     one = aggregator.init()
     for row, weight in enumerate(weights):

@@ -8,12 +8,12 @@ import heapq
 
 import numpy as np
 import pytest
-from worlds import KEY, descended, linear_world, theta
 
 from coterie.algorithms import Local, fedasync, fedavg, fedbuff, sgd
 from coterie.backends import DURATIONS, drop_out
 from coterie.core import ConfigError, derive
 from coterie.schedules import Buffered, Synchronous, asynchronous, constant, hinge, polynomial
+from worlds import KEY, descended, linear_world, theta
 
 WORLD = linear_world()
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -76,7 +76,9 @@ def test_fedbuff(buffer, staleness, s, server_lr, rate, oldest):
     outcome = WORLD.play(algorithm, schedule, duration=SLOW, dropped=lost)
 
     def train(task, x):
-        return descended(*WORLD.arrays(task.client), WORLD.rows(task.client, task.round, epochs=2, batch_size=4), x, 0.05)
+        return descended(
+            *WORLD.arrays(task.client), WORLD.rows(task.client, task.round, epochs=2, batch_size=4), x, 0.05
+        )
 
     def step(x, updates):
         return x - server_lr / buffer * sum(s(age) * (start - y) for start, y, age in updates)
@@ -99,7 +101,9 @@ def test_fedbuff(buffer, staleness, s, server_lr, rate, oldest):
 def test_fedasync(staleness, s):
     alpha, rho = 0.6, 0.5
     algorithm = fedasync(Local(lr=0.05, epochs=2, batch_size=4), alpha=alpha, rho=rho)
-    outcome = WORLD.play(algorithm, asynchronous(rounds=12, concurrency=4, staleness=staleness, key=KEY), duration=SLOW)
+    outcome = WORLD.play(
+        algorithm, asynchronous(rounds=12, concurrency=4, staleness=staleness, key=KEY), duration=SLOW
+    )
 
     def train(task, x):
         batches = WORLD.rows(task.client, task.round, epochs=2, batch_size=4)
@@ -119,7 +123,9 @@ def test_with_alpha_1_and_nothing_stale_the_server_takes_over_the_clients_model(
     algorithm = fedasync(Local(lr=0.05, batch_size=4), alpha=1.0)
     outcome = WORLD.play(algorithm, asynchronous(rounds=5, concurrency=1, key=KEY))
     for commit, (_, reply) in zip(outcome.commits, outcome.events, strict=True):
-        np.testing.assert_allclose(theta(commit.state["model"]), theta(reply.up["model"]), rtol=1e-14, atol=1e-14)
+        np.testing.assert_allclose(
+            theta(commit.state["model"]), theta(reply.up["model"]), rtol=1e-14, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.5])

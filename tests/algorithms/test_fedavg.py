@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from worlds import KEY, World, descended, linear_world, slope, theta
 
 from coterie.algorithms import Local, fedavg, fedprox, fedsgd, sgd
 from coterie.core import ConfigError, derive, rng
@@ -12,6 +11,7 @@ from coterie.core.trees import digest
 from coterie.data import ClientData
 from coterie.schedules import Synchronous
 from coterie.trainers import Problem
+from worlds import KEY, World, descended, linear_world, slope, theta
 
 WORLD = linear_world()
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -55,7 +55,9 @@ def test_fedsgd_of_a_cohort(weighting):
 def test_fedsgd_is_fedavg_with_one_step_over_all_rows():
     one_step = fedavg(Local(lr=0.05, batch_size=None), server=sgd(4.0))
     ours = WORLD.play(fedsgd(server=sgd(0.2)), SOME).state
-    np.testing.assert_allclose(theta(ours["model"]), theta(WORLD.play(one_step, SOME).state["model"]), **CLOSE)
+    np.testing.assert_allclose(
+        theta(ours["model"]), theta(WORLD.play(one_step, SOME).state["model"]), **CLOSE
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,9 +83,7 @@ def test_fedavg_and_fedprox_of_a_cohort(weighting, local, server_lr, mu):
     for r, (cohort, commit) in enumerate(zip(rounds_of(outcome), outcome.commits, strict=True)):
         lr, start = 0.06 * 0.8**r, x
         ys = [
-            descended(
-                *WORLD.arrays(k), WORLD.rows(k, r, **local), start, lr, lambda y, x=start: mu * (y - x)
-            )
+            descended(*WORLD.arrays(k), WORLD.rows(k, r, **local), start, lr, lambda y, x=start: mu * (y - x))
             for k in cohort
         ]
         x = x + server_lr * (averaged(ys, [weight(k, weighting) for k in cohort]) - x)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from worlds import KEY, World, descended, linear_world, slope, theta
 
 from coterie.algorithms import Local, fedavg, fedsgd, scaffold, sgd
 from coterie.backends import drop_out
@@ -12,6 +11,7 @@ from coterie.core import derive, rng
 from coterie.data import ClientData
 from coterie.schedules import Synchronous
 from coterie.trainers import Problem
+from worlds import KEY, World, descended, linear_world, slope, theta
 
 WORLD = linear_world()
 N = len(WORLD.clients)
@@ -23,7 +23,9 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
     [("uniform", {"epochs": 2, "batch_size": 4}), ("samples", {"epochs": 9, "batch_size": 4, "steps": 3})],
 )
 def test_follows_algorithm_1_with_a_part_of_the_clients(weighting, local):
-    algorithm = scaffold(Local(lr=0.04, lr_decay=0.9, **local), population=N, server=sgd(0.8), weighting=weighting)
+    algorithm = scaffold(
+        Local(lr=0.04, lr_decay=0.9, **local), population=N, server=sgd(0.8), weighting=weighting
+    )
     outcome = WORLD.play(algorithm, Synchronous(rounds=7, cohort=3, key=KEY))
     x, c, controls = WORLD.theta(), np.zeros(4), {k: np.zeros(4) for k in WORLD.clients}
     for r, commit in enumerate(outcome.commits):
@@ -31,7 +33,8 @@ def test_follows_algorithm_1_with_a_part_of_the_clients(weighting, local):
         ys, new = {}, {}
         for k in cohort:
             batches = WORLD.rows(k, r, **local)
-            ys[k] = descended(*WORLD.arrays(k), batches, x, lr, lambda y, k=k, c=c: c - controls[k])
+            correction = c - controls[k]
+            ys[k] = descended(*WORLD.arrays(k), batches, x, lr, lambda y, by=correction: by)
             new[k] = controls[k] - c + (x - ys[k]) / (len(batches) * lr)
         sizes = [len(WORLD.people[k].train[1]) if weighting == "samples" else 1 for k in cohort]
         x = x + 0.8 * np.average([ys[k] - x for k in cohort], axis=0, weights=sizes)

@@ -58,9 +58,7 @@ def test_bits_do_not_depend_on_order_or_nesting():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    rows=st.lists(
-        st.tuples(st.floats(-1e4, 1e4, width=32), st.floats(2**-20, 1e4)), min_size=1, max_size=40
-    )
+    rows=st.lists(st.tuples(st.floats(-1e4, 1e4, width=32), st.floats(2**-20, 1e4)), min_size=1, max_size=40)
 )
 def test_error_is_within_the_stated_bound(rows):
     acc = None
@@ -93,7 +91,9 @@ def test_carry_in_merge_keeps_the_value():
 
 def test_memory_is_16_bytes_a_parameter_whatever_the_cohort():
     ups, weights = updates(50, shape=(1000,))
-    sizes = {trees.nbytes({k: folded(ups, weights, range(n))[k]["w"] for k in ("hi", "lo")}) for n in (1, 7, 50)}
+    sizes = {
+        trees.nbytes({k: folded(ups, weights, range(n))[k]["w"] for k in ("hi", "lo")}) for n in (1, 7, 50)
+    }
     assert sizes == {16 * 1000}
 
 

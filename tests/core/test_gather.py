@@ -58,10 +58,19 @@ def test_gather_folds_in_any_order_and_counts_the_lost():
         order = list(tasks)
         random.Random(trial).shuffle(order)
         for each in order[:-1]:
-            event = Lost(each, "gone") if each.id == 2 else reply(each, 0.1 * each.id, 1.0 + each.id, metrics={"loss": each.id / 7})
+            event = (
+                Lost(each, "gone")
+                if each.id == 2
+                else reply(each, 0.1 * each.id, 1.0 + each.id, metrics={"loss": each.id / 7})
+            )
             assert plan.send(event) == []
         last = order[-1]
-        got, _ = end(plan, Lost(last, "gone") if last.id == 2 else reply(last, 0.1 * last.id, 1.0 + last.id, metrics={"loss": last.id / 7}))
+        got, _ = end(
+            plan,
+            Lost(last, "gone")
+            if last.id == 2
+            else reply(last, 0.1 * last.id, 1.0 + last.id, metrics={"loss": last.id / 7}),
+        )
         assert got.fold.lost == 1
         assert set(got.accepted) == {"c0", "c1", "c3", "c4", "c5"}
         digests.add((trees.digest(mean().finish(got.fold.acc)[0]), got.metrics()["loss"]))
@@ -106,7 +115,12 @@ def test_what_is_not_finite_stops_or_is_dropped_whole(metrics):
 
 
 def fold(id, members):
-    config = {"tasks": [[c, 10 * id + n, None] for n, c in enumerate(members)], "local": {}, "timer": 10 * id + 9, "deadline": None}
+    config = {
+        "tasks": [[c, 10 * id + n, None] for n, c in enumerate(members)],
+        "local": {},
+        "timer": 10 * id + 9,
+        "deadline": None,
+    }
     return Task(id, "relay", 0, 0, None, "fold", config)
 
 

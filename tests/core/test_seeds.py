@@ -10,7 +10,18 @@ from coterie.core.seeds import derive, rng, seeded, uniform
 
 
 def test_paths_do_not_collide():
-    paths = [("ab", "c"), ("a", "bc"), ("abc",), ("abc", ""), ("", "abc"), (1, "2"), ("1", 2), (12,), ("12",), (1, 2)]
+    paths = [
+        ("ab", "c"),
+        ("a", "bc"),
+        ("abc",),
+        ("abc", ""),
+        ("", "abc"),
+        (1, "2"),
+        ("1", 2),
+        (12,),
+        ("12",),
+        (1, 2),
+    ]
     assert len({derive(7, *path) for path in paths}) == len(paths)
     assert derive(7, "x", 1) != derive(8, "x", 1)
     assert derive(derive(7, "x"), "y") != derive(7, "x", "y")
@@ -25,7 +36,9 @@ def test_only_text_and_whole_numbers_name_a_draw(bad):
 def test_streams_repeat_and_differ():
     key = derive(3, "batches", 0, "client-1")
     assert rng(key).permutation(50).tolist() == rng(key).permutation(50).tolist()
-    assert rng(key).permutation(50).tolist() != rng(derive(3, "batches", 1, "client-1")).permutation(50).tolist()
+    assert (
+        rng(key).permutation(50).tolist() != rng(derive(3, "batches", 1, "client-1")).permutation(50).tolist()
+    )
     assert uniform(key) == uniform(key)
 
 

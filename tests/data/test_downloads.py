@@ -30,7 +30,7 @@ def home(monkeypatch):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
     thread.start()
     digests = {name: hashlib.sha256(raw).hexdigest() for name, raw in FILES.items()}
     monkeypatch.setattr(sources, "HOMES", {"tiny": ("https://nowhere.invalid/", digests)})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.core.errors import ConfigError
@@ -85,14 +85,16 @@ def test_a_dict_may_hold_what_python_likes_better():
     assert "model.file = " in refused(RAW | {"model": {"kind": "cnn", "file": object()}}).args[0]
 
 
-words = st.text("abcdefgh_-.\"'\\ é\n", min_size=1)
+words = st.text("abcdefgh_-.\"'\\ é\n", min_size=1, max_size=8)
 values = st.recursive(
     st.booleans() | st.integers() | st.floats(allow_nan=False) | words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
 )
 
 
-@given(st.dictionaries(words, values), st.integers())
+@settings(deadline=None)
+@given(st.dictionaries(words, values, max_size=4), st.integers())
 def test_toml_round_trip(extra: dict[str, Any], seed: int):
     config = load(RAW | {"seed": seed, "model": {"kind": "cnn", "extra": extra}})
     text = to_toml(config)

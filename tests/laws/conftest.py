@@ -7,7 +7,11 @@ from coterie.experiment import load, report
 SMALL = {
     "name": "law",
     "seed": 3,
-    "data": {"dataset": "digits", "partition": {"kind": "dirichlet", "clients": 9, "alpha": 0.5}, "holdout": 0.1},
+    "data": {
+        "dataset": "digits",
+        "partition": {"kind": "dirichlet", "clients": 9, "alpha": 0.5},
+        "holdout": 0.1,
+    },
     "model": {"kind": "softmax"},
     "algorithm": {"kind": "fedavg", "client": {"optimizer": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 40}},
     "schedule": {"kind": "synchronous", "rounds": 4, "cohort": 5},
@@ -17,7 +21,9 @@ SMALL = {
 
 KINDS = {
     "synchronous": {},
-    "adam": {"algorithm": {"kind": "fedadam", "client": SMALL["algorithm"]["client"], "server": {"lr": 0.05}}},
+    "adam": {
+        "algorithm": {"kind": "fedadam", "client": SMALL["algorithm"]["client"], "server": {"lr": 0.05}}
+    },
     "scaffold": {"algorithm": {**SMALL["algorithm"], "kind": "scaffold"}},
     "stragglers": {"schedule": {**SMALL["schedule"], "deadline": 1.2, "over_selection": 1.4}},
     "hierarchical": {"schedule": {**SMALL["schedule"], "kind": "hierarchical", "groups": 3, "deadline": 2.0}},

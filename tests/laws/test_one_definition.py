@@ -27,7 +27,9 @@ def over_the_wire(tree):
     structure, tensors = encode(tree)
     raw = {name: (bytes(trees.raw_bytes(t)), t.dtype, t.shape) for name, t in tensors.items()}
     back = {
-        name: (torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(shape)
+        name: (
+            torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        ).reshape(shape)
         for name, (data, dtype, shape) in raw.items()
     }
     return decode(json.loads(json.dumps(structure)), back)
@@ -55,7 +57,9 @@ class Wire:
             elif isinstance(action, Reply):
                 self.queue.append((self.above.pop(action.task.id), over_the_wire(action)))
             elif isinstance(action, Cancel):
-                self.queue = [(n, q) for n, q in self.queue if not (isinstance(q, Task) and q.id == action.id)]
+                self.queue = [
+                    (n, q) for n, q in self.queue if not (isinstance(q, Task) and q.id == action.id)
+                ]
 
     def tell(self, node, event):
         actions = self.relays[node].send(event)

@@ -3,13 +3,13 @@
 import dataclasses
 
 import pytest
-from worlds import KEY, linear_world
 
 from coterie.algorithms import Local, fedasync, fedbuff
 from coterie.backends import DURATIONS, drop_out
 from coterie.core import Cancel, ConfigError, QuorumLost, Reply, Task, awaits, derive, rng
 from coterie.core.trees import digest, zeros_like
 from coterie.schedules import Buffered, asynchronous, constant, hinge, polynomial
+from worlds import KEY, linear_world
 
 WORLD = linear_world()
 LOCAL = Local(lr=0.05, batch_size=4)
@@ -59,7 +59,11 @@ def test_the_key_draws_the_clients():
 
 
 def test_as_many_clients_as_allowed_are_at_work_and_none_twice():
-    plan, draw, working = start(fedbuff(LOCAL), Buffered(rounds=8, concurrency=4, buffer=2, key=KEY)), rng(KEY), {}
+    plan, draw, working = (
+        start(fedbuff(LOCAL), Buffered(rounds=8, concurrency=4, buffer=2, key=KEY)),
+        rng(KEY),
+        {},
+    )
     up = {"delta": zeros_like(WORLD.problem.model()["params"]), "buffers": {}}
     actions = next(plan)
     while not (actions and isinstance(actions[0], Cancel)):
@@ -84,17 +88,28 @@ def test_a_buffer_counts_updates_even_of_one_client():
 
 
 def test_ends_when_everybody_is_lost():
-    with pytest.raises(QuorumLost, match="20 clients in a row were lost, the last one: client-.: dropped out"):
-        WORLD.play(fedbuff(LOCAL), Buffered(rounds=1, concurrency=2, buffer=1, key=KEY), dropped=lambda task: True)
+    with pytest.raises(
+        QuorumLost, match=r"20 clients in a row were lost, the last one: client-.: dropped out"
+    ):
+        WORLD.play(
+            fedbuff(LOCAL), Buffered(rounds=1, concurrency=2, buffer=1, key=KEY), dropped=lambda task: True
+        )
 
 
 def test_the_staleness_discounts_are_those_of_the_papers():
     assert [polynomial(a=0.5)(t) for t in (0, 3, 8)] == [1.0, 0.5, pytest.approx(1 / 3)]
-    assert [hinge(a=10.0, b=4.0)(t) for t in (0, 4, 5, 6)] == [1.0, 1.0, pytest.approx(1 / 11), pytest.approx(1 / 21)]
+    assert [hinge(a=10.0, b=4.0)(t) for t in (0, 4, 5, 6)] == [
+        1.0,
+        1.0,
+        pytest.approx(1 / 11),
+        pytest.approx(1 / 21),
+    ]
     assert [constant()(t) for t in (0, 100)] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"buffer": 0}, {"concurrency": 7}, {"concurrency": 0}])
 def test_refuses_what_cannot_run(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        start(fedbuff(LOCAL), Buffered(**{"rounds": 1, "concurrency": 2, "buffer": 1, "key": KEY} | wrong)).send(None)
+        start(
+            fedbuff(LOCAL), Buffered(**{"rounds": 1, "concurrency": 2, "buffer": 1, "key": KEY} | wrong)
+        ).send(None)

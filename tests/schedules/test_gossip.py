@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from worlds import KEY, World, descended, linear_world, slope, theta
 
 from coterie.algorithms import Local, dpsgd, fedavg
 from coterie.core import ConfigError, Lost, QuorumLost
 from coterie.data import ClientData
 from coterie.schedules import Gossip, Synchronous
 from coterie.schedules.gossip import TOPOLOGIES
+from worlds import KEY, World, descended, linear_world, slope, theta
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 SIZES = (3, 14, 5, 9, 2, 7, 4, 6)

@@ -1,10 +1,9 @@
 """Two and three levels of aggregation end with the bits of the flat schedule."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
-from worlds import KEY, linear_world
 
 from coterie.aggregators import krum
 from coterie.algorithms import Local, fedadam, fedavg, scaffold
@@ -12,6 +11,7 @@ from coterie.backends import DURATIONS, drop_out
 from coterie.core import ConfigError, QuorumLost, Reply, Task, derive, fold_task, gather, interleave
 from coterie.core.trees import digest
 from coterie.schedules import Hierarchical, Synchronous
+from worlds import KEY, linear_world
 
 WORLD = linear_world(sizes=(3, 14, 5, 9, 2, 7, 4, 6, 8, 3, 11), features=2)
 LOCAL = Local(lr=0.03, batch_size=4)
@@ -32,7 +32,9 @@ def same(left, right):
     assert digest(left.state) == digest(right.state)
     for ours, theirs in zip(left.commits, right.commits, strict=True):
         assert ours.metrics == theirs.metrics
-    assert {(task.client, task.round) for task in left.trained} == {(task.client, task.round) for task in right.trained}
+    assert {(task.client, task.round) for task in left.trained} == {
+        (task.client, task.round) for task in right.trained
+    }
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -90,7 +92,7 @@ class ThreeLevels(Hierarchical):
         folds = next(plan)
         plan.close()
         regions = [
-            Task(next(ids), name, tasks[0].version, tasks[0].round, tasks[0].down, "region", {"folds": part})
+            Task(next(ids), name, tasks[0].version, tasks[0].round, tasks[0].down, "fold", {"folds": part})
             for name, part in (("north", folds[:2]), ("south", folds[2:]))
         ]
         return (yield from gather(algorithm.aggregator, regions, on_nan=self.on_nan))
@@ -108,8 +110,9 @@ def test_three_levels_are_flat_to_the_bit(name):
     flat = WORLD.play(ALGORITHMS[name], Synchronous(**SETTINGS), **TROUBLE)
     schedule = ThreeLevels(**SETTINGS, groups=4)
     relays = {
-        **{relay: partial(interleave, partial(fold_task, aggregator=aggregator)) for relay in schedule.relays},
+        **{
+            relay: partial(interleave, partial(fold_task, aggregator=aggregator)) for relay in schedule.relays
+        },
         **{name: partial(interleave, partial(region, aggregator=aggregator)) for name in ("north", "south")},
     }
     same(WORLD.play(ALGORITHMS[name], schedule, relays=relays, **TROUBLE), flat)
-    assert asdict(schedule)["groups"] == 4

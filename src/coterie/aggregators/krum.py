@@ -26,7 +26,9 @@ def krum(*, byzantine: int, select: int = 1, by: str | None = "delta") -> Aggreg
     depend on the order of arrival: scores are sums in sorted order, ties go to the smaller digest.
     """
     if byzantine < 0 or select < 1:
-        raise ConfigError(f"krum(byzantine={byzantine}, select={select}): needs byzantine >= 0 and select >= 1")
+        raise ConfigError(
+            f"krum(byzantine={byzantine}, select={select}): needs byzantine >= 0 and select >= 1"
+        )
     need = max(2 * byzantine + 3, select + byzantine)
 
     def add(acc: Tree, ups: Tree, weights: Any) -> Tree:

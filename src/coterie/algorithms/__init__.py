@@ -1,4 +1,4 @@
-"""Federated algorithms: one short file each, opening with the paper and its update rule. Knows core, aggregators.
+"""Federated algorithms, one short file each, opening with the paper and its rule. Knows core, aggregators.
 
 Read `fedavg` first, then `local` (the client's half that most share). Most others replace one part of
 FedAvg: FedProx the gradient, FedOpt the server's optimiser, FedBuff the step, SCAFFOLD adds memory.

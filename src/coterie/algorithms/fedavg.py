@@ -1,7 +1,7 @@
 """FedAvg: McMahan, Moore, Ramage, Hampson, Agueera y Arcas 2017, arXiv:1602.05629, Algorithm 1.
 
-    client k:  y_k <- x;  E epochs of  y_k <- y_k - lr * grad f_k(y_k; batch)
-    server:    x <- x - server( sum_k n_k / n * (x - y_k) )          (server = SGD with lr 1: the mean of y_k)
+client k:  y_k <- x;  E epochs of  y_k <- y_k - lr * grad f_k(y_k; batch)
+server:    x <- x - server( sum_k n_k / n * (x - y_k) )          (server = SGD with lr 1: the mean of y_k)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """FedProx: Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith 2020, arXiv:1812.06127, Algorithm 2.
 
-    client k:  minimise  f_k(y) + mu / 2 * ||y - x||^2,  whose gradient is  grad f_k(y) + mu * (y - x)
+client k:  minimise  f_k(y) + mu / 2 * ||y - x||^2,  whose gradient is  grad f_k(y) + mu * (y - x)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def fedprox(
     weighting: Weighting = "samples",
     aggregator: Aggregator | None = None,
 ) -> Algorithm:
-    """FedAvg whose clients are held near the server's model by a proximal term. mu = 0 is FedAvg, bit for bit."""
+    """FedAvg with a proximal term that holds clients near the server's model; mu = 0 is FedAvg, bit for bit."""
     base = fedavg(local, server=server, weighting=weighting, aggregator=aggregator)
     return replace(base, client_work=proximal(base.client_work, mu))
 

@@ -1,7 +1,7 @@
 """FedSGD, the "FedGD" of the literature: McMahan et al. 2017, arXiv:1602.05629, section 2.
 
-    client k:  g_k = grad F_k(x), over all of its data at once
-    server:    x <- x - lr * sum_k n_k / n * g_k
+client k:  g_k = grad F_k(x), over all of its data at once
+server:    x <- x - lr * sum_k n_k / n * g_k
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ def fedsgd(
 ) -> Algorithm:
     """One full local gradient a round, averaged. server: takes the step (None: SGD with lr 0.1)."""
     base = fedavg(
-        Local(epochs=1, batch_size=None), server=server or sgd(0.1), weighting=weighting, aggregator=aggregator
+        Local(epochs=1, batch_size=None),
+        server=server or sgd(0.1),
+        weighting=weighting,
+        aggregator=aggregator,
     )
 
     def keep(*args: Any) -> tuple[Params, Tree]:

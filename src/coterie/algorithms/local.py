@@ -37,7 +37,7 @@ class Local:
         """Refuse what cannot train."""
         for name, value, good in (
             ("lr", self.lr, self.lr > 0),
-            ("lr_decay", self.lr_decay, 0 < self.lr_decay),
+            ("lr_decay", self.lr_decay, self.lr_decay > 0),
             ("epochs", self.epochs, self.epochs >= 1),
             ("batch_size", self.batch_size, self.batch_size is None or self.batch_size >= 1),
             ("steps", self.steps, self.steps is None or self.steps >= 1),
@@ -84,7 +84,7 @@ def objective(loss: Callable[..., Any], params: Params, batch: Batch, carry: Tre
 def gradient(
     objective: Callable[..., Any], params: Params, batch: Batch, mask: Any, carry: Tree, key: Key | None
 ) -> tuple[Params, Tree]:
-    """Gradient of the mean loss over the examples that the mask keeps (None: all); the loss rides in carry."""
+    """Gradient of the mean loss over the examples that the mask keeps (None: all); the loss goes in carry."""
     del key
 
     def mean_loss(params: Params) -> tuple[Any, Tree]:

@@ -43,20 +43,29 @@ def scaffold(
         up, _ = work.finish(params, down, carry, steps)
         scale = 1.0 / (steps * carry["lr"])
         control = trees.map_tree(
-            lambda c_i, c, delta: c_i - c + scale.to(delta.dtype) * delta, carry["c_i"], carry["c"], up["delta"]
+            lambda c_i, c, delta: c_i - c + scale.to(delta.dtype) * delta,
+            carry["c_i"],
+            carry["c"],
+            up["delta"],
         )
         return {**up, "control": trees.subtract(control, carry["c_i"])}, control
 
     def finalize(state: Tree, aggregate: Tree, weight: float, count: int) -> Tree:
         after = base.finalize(state, aggregate, weight, count)
-        return {**after, "control": trees.add(state["control"], trees.scale(aggregate["control"], count / population))}
+        return {
+            **after,
+            "control": trees.add(state["control"], trees.scale(aggregate["control"], count / population)),
+        }
 
     return replace(
         base,
         init=lambda model: {**base.init(model), "control": trees.zeros_like(model["params"])},
         broadcast=lambda state: {"model": state["model"], "control": state["control"]},
         client_work=work._replace(
-            start=start, gradient=gradient, finish=finish, remember=lambda down: trees.zeros_like(down["control"])
+            start=start,
+            gradient=gradient,
+            finish=finish,
+            remember=lambda down: trees.zeros_like(down["control"]),
         ),
         aggregator=each(delta=mean(), buffers=mean(), control=mean(uniform=True)),
         finalize=finalize,

@@ -75,7 +75,10 @@ class InProcess:
 
     def clock(self) -> dict[str, Any]:
         """What a checkpoint must hold of the simulation: the time, and when the tasks in flight are due."""
-        return {"now": self.now, "due": {due.id: due.at for due in self.queue if due.id not in self.cancelled}}
+        return {
+            "now": self.now,
+            "due": {due.id: due.at for due in self.queue if due.id not in self.cancelled},
+        }
 
     def _happen(self, due: Due) -> Event:
         if isinstance(due.what, Timer):
@@ -98,7 +101,9 @@ class InProcess:
                 self._tell(action.client, action)
             elif isinstance(action, Task):
                 at = self.was_due.pop(action.id, None)
-                self._push(Due(self.now + self.duration(action) if at is None else at, action.id, node, action))
+                self._push(
+                    Due(self.now + self.duration(action) if at is None else at, action.id, node, action)
+                )
 
     def _push(self, due: Due) -> None:
         self.open.add(due.id)

@@ -1,4 +1,4 @@
-"""What a participant does with a Task: find its memory, train or evaluate, answer. The same in every backend."""
+"""What a participant does with a Task, in every backend: find its memory, train or evaluate, answer."""
 
 from __future__ import annotations
 
@@ -53,6 +53,9 @@ class Site:
             raise  # a mistake in the experiment, not in the client
         except Exception as error:
             log.warning(
-                "client %s failed in round %d:\n%s", task.client, task.round + 1, traceback.format_exc().rstrip()
+                "client %s failed in round %d:\n%s",
+                task.client,
+                task.round + 1,
+                traceback.format_exc().rstrip(),
             )
             return Lost(task, f"{type(error).__name__}: {error}")

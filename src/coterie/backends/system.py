@@ -1,4 +1,4 @@
-"""Simulated devices: how long a task takes on the virtual clock, and who drops out. Pure functions of the seed."""
+"""Simulated devices: how long a task takes on the virtual clock, and who drops out; functions of the seed."""
 
 from __future__ import annotations
 

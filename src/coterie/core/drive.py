@@ -46,7 +46,7 @@ async def drive(
 
 
 def run_sync(make: Callable[[], T]) -> T:
-    """Call `make` where it may start an event loop: here, or in a thread when one runs already (notebooks)."""
+    """Call `make` where it may start an event loop: here, or in a thread when one runs here (notebooks)."""
     if not _loop_runs():
         return make()
     outcome: list[T] = []

@@ -14,7 +14,19 @@ from typing import Any, Literal, NamedTuple
 
 from coterie.core import trees
 from coterie.core.errors import NonFinite
-from coterie.core.types import Action, Aggregator, Cancel, ClientId, Lost, Plan, Reply, Task, Tick, Timer, Tree
+from coterie.core.types import (
+    Action,
+    Aggregator,
+    Cancel,
+    ClientId,
+    Lost,
+    Plan,
+    Reply,
+    Task,
+    Tick,
+    Timer,
+    Tree,
+)
 
 OnNan = Literal["stop", "drop"]
 
@@ -39,7 +51,11 @@ class Gathered:
 
     def metrics(self) -> dict[str, float]:
         """Weighted means of what the clients measured while training."""
-        return {name: float(total / weight) for name, (total, weight) in sorted(self.fold.metrics.items()) if weight}
+        return {
+            name: float(total / weight)
+            for name, (total, weight) in sorted(self.fold.metrics.items())
+            if weight
+        }
 
 
 def empty(aggregator: Aggregator) -> Fold:
@@ -122,7 +138,9 @@ def gather(
                 raise
             _lose(got, [str(error)])
             continue
-        got.accepted.update(event.answers if event.task.kind == "fold" else [(event.task.client, event.task.id)])
+        got.accepted.update(
+            event.answers if event.task.kind == "fold" else [(event.task.client, event.task.id)]
+        )
     rest = [Cancel(task) for task in waiting]
     if deadline is not None:
         rest.append(Cancel(timer))

@@ -52,7 +52,7 @@ def seeded(key: Key) -> Iterator[None]:
     such code alone; draws of our own use `rng`.
     """
     before = torch.random.get_rng_state()
-    torch.random.default_generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    torch.default_generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
     try:
         yield
     finally:

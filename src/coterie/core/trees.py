@@ -17,7 +17,7 @@ from coterie.core.types import Tree
 
 
 def map_tree(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """Apply `function` leaf by leaf; all trees must have the same structure (ValueError names the first that differs)."""
+    """Apply `function` leaf by leaf. Raises ValueError when the trees differ in structure."""
     leaves, structure = tree_flatten(tree)
     columns = [leaves]
     for other in rest:
@@ -104,11 +104,11 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     if sys.byteorder != "little":
         raise NotImplementedError("Coterie's digests and files are defined on little-endian machines")
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def digest(tree: Tree) -> str:
-    """SHA-256 over sorted names, dtype, shape and raw little-endian bytes: "sha256:...". Laws 1 to 3 use it."""
+    """SHA-256 over sorted names, dtype, shape and raw little-endian bytes: "sha256:..." (laws 1 to 3)."""
     out = hashlib.sha256()
     for name, leaf in named_leaves(tree):
         out.update(f"{name}\0{str(leaf.dtype).removeprefix('torch.')}\0{tuple(leaf.shape)}\0".encode())

@@ -17,8 +17,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from coterie.core.seeds import Key
-
 Tree = Any  # nested dicts, tuples and lists whose leaves are tensors (and, in states, plain JSON values)
 Params = Mapping[str, Any]  # {parameter name: tensor}
 Batch = tuple[Any, Any]  # inputs [B, ...], targets [B, ...]
@@ -107,7 +105,9 @@ class Optimizer(NamedTuple):
 class ClientWork(NamedTuple):
     """The client's half of an algorithm: no loop, no device, no data."""
 
-    start: Callable[..., tuple[Params, Tree]]  # down, memory, config -> params, carry (buffers, controls, ...)
+    start: Callable[
+        ..., tuple[Params, Tree]
+    ]  # down, memory, config -> params, carry (buffers, controls, ...)
     objective: Callable[..., tuple[Any, Tree]]  # loss, params, batch, carry -> per-example losses [B], carry
     gradient: Callable[..., tuple[Params, Tree]]  # objective, params, batch, mask, carry, key -> grads, carry
     optimizer: Callable[[Tree], Optimizer]  # carry -> Optimizer (per-client learning rates)

@@ -39,7 +39,7 @@ def read_jpegs(path: Path, classes: Sequence[str]) -> Labelled:
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(
                 f"{path}: member {member!r}: not a readable JPEG: {error}", "get the archive again"
-            ) from (error)
+            ) from error
         labels.append(label)
     if not images:
         raise DataError(f"{path}: the archive holds no images", "get the archive again")
@@ -93,4 +93,4 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     except (tarfile.TarError, *UNREADABLE) as error:
         raise DataError(
             f"{path}: cannot be read after {last}: {error}", "the archive is damaged; get it again"
-        ) from (error)
+        ) from error

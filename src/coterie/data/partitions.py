@@ -33,9 +33,7 @@ def iid(examples: Examples, *, key: Key, clients: int) -> Partition:
     Raises ConfigError when there are more clients than rows.
     """
     n = _check_clients("iid", examples, clients)
-    owner = np.empty(n, dtype=np.int64)
-    owner[_shuffled(n, key)] = _even(n, clients)
-    return _collect(owner, _names(clients))
+    return _deal(_shuffled(n, key), _even(n, clients), clients)
 
 
 def dirichlet(
@@ -71,10 +69,8 @@ def dirichlet(
             break
     else:
         _top_up(counts, min_samples)
-    rows = _by_label(labels, n, key)
-    owner = np.empty(n, dtype=np.int64)
-    owner[rows] = np.repeat(np.tile(np.arange(clients), len(totals)), counts.ravel())
-    return _collect(owner, _names(clients))
+    owners = np.repeat(np.tile(np.arange(clients), len(totals)), counts.ravel())
+    return _deal(_by_label(labels, n, key), owners, clients)
 
 
 def pathological(
@@ -111,11 +107,8 @@ def pathological(
         for held in np.lexsort((draw.random(len(quota)), -quota))[:labels]:
             holders[held].append(client)
             quota[held] -= 1
-    owner = np.empty(n, dtype=np.int64)
-    owner[_by_label(label, n, key)] = np.concatenate(
-        [np.asarray(held)[_even(rows, len(held))] for held, rows in zip(holders, totals, strict=True)]
-    )
-    return _collect(owner, _names(clients))
+    owners = [np.asarray(who)[_even(rows, len(who))] for who, rows in zip(holders, totals, strict=True)]
+    return _deal(_by_label(label, n, key), np.concatenate(owners), clients)
 
 
 def shards(
@@ -135,9 +128,7 @@ def shards(
         )
     labels, _ = _labels("shards", examples, bins)
     dealt = rng(derive(key, "shards")).permutation(total) // shards_per_client
-    owner = np.empty(n, dtype=np.int64)
-    owner[_by_label(labels, n, key)] = dealt[_even(n, total)]
-    return _collect(owner, _names(clients))
+    return _deal(_by_label(labels, n, key), dealt[_even(n, total)], clients)
 
 
 def power_law(examples: Examples, *, key: Key, clients: int, exponent: float) -> Partition:
@@ -236,9 +227,7 @@ def feature_skew(examples: Examples, *, key: Key, clients: int, sigma: float = 0
     _check_sigma("feature_skew", sigma, "0 sorts exactly, 10 is almost iid")
     score = _principal_projection(examples, derive(key, "direction"))
     order = np.argsort(score + sigma * rng(derive(key, "noise")).standard_normal(n), kind="stable")
-    owner = np.empty(n, dtype=np.int64)
-    owner[order] = _even(n, clients)
-    return _collect(owner, _names(clients))
+    return _deal(order, _even(n, clients), clients)
 
 
 PARTITIONS: dict[str, Callable[..., Partition]] = {
@@ -253,6 +242,13 @@ PARTITIONS: dict[str, Callable[..., Partition]] = {
     "range": by_range,
     "feature_skew": feature_skew,
 }
+
+
+def _deal(rows: Rows, owners: Rows, clients: int) -> Partition:
+    """Give rows[i] to client owners[i]."""
+    owner = np.empty_like(owners)
+    owner[rows] = owners
+    return _collect(owner, _names(clients))
 
 
 def _collect(owner: Rows, names: Sequence[str]) -> Partition:
@@ -297,9 +293,7 @@ def _sized(examples: Examples, key: Key, weights: Floats) -> Partition:
     exact = weights / weights.sum() * (n - clients)
     sizes = np.floor(exact).astype(np.int64)
     sizes[np.argsort(sizes - exact, kind="stable")[: n - clients - sizes.sum()]] += 1
-    owner = np.empty(n, dtype=np.int64)
-    owner[_shuffled(n, key)] = np.repeat(np.arange(clients), sizes + 1)
-    return _collect(owner, _names(clients))
+    return _deal(_shuffled(n, key), np.repeat(np.arange(clients), sizes + 1), clients)
 
 
 def _level(room: Rows, places: int, order: Rows) -> Rows | None:

@@ -93,7 +93,9 @@ def assemble(
 def load_dataset(config: Config, data_dir: Path | None = None) -> Dataset:
     """The data set that `[data]` names: a kind of DATASETS, or "file.py:function" giving one."""
     name = config.data["dataset"]
-    options = {key: value for key, value in config.data.items() if key not in ("dataset", "partition", "holdout")}
+    options = {
+        key: value for key, value in config.data.items() if key not in ("dataset", "partition", "holdout")
+    }
     if ":" in name:
         made = parts.call(parts.load_object(name, "data.dataset", config.folder), options, "data")
         if isinstance(made, Dataset):
@@ -112,7 +114,7 @@ def load_population(config: Config, dataset: Dataset) -> Population:
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """The config as plain values with every default filled in; `load` reads it back as the same experiment."""
+    """The config as plain values, every default filled in; `load` reads it back as the same experiment."""
     out = to_dict(config)
     loader = {name: value for name, value in config.data.items() if name not in ("partition", "holdout")}
     if ":" not in config.data["dataset"]:
@@ -121,21 +123,29 @@ def resolved(config: Config) -> dict[str, Any]:
     out["data"] = {**out["data"], "partition": partition}
     if ":" not in config.model.get("kind", ":"):
         out["model"] = parts.resolve(MODELS, config.model, "model", ("input_shape", "outputs"))
-    tables = {name: config.algorithm[name] for name in ("client", "server", "aggregator") if name in config.algorithm}
+    tables = {
+        name: config.algorithm[name]
+        for name in ("client", "server", "aggregator")
+        if name in config.algorithm
+    }
     rest = {name: value for name, value in config.algorithm.items() if name not in tables}
     server = tables.get("server", {})
     make, _ = parts.choose(ALGORITHMS, rest, "algorithm")
     if "local" in inspect.signature(make).parameters:
         client = {"optimizer": "sgd", **tables.get("client", {})}
-        table = {"optimizer": OPTIMIZERS[client["optimizer"]], "steps": Local}
+        table: dict[str, Callable[..., Any]] = {"optimizer": OPTIMIZERS[client["optimizer"]], "steps": Local}
         named = {half: inspect.signature(make).parameters for half, make in table.items()}
         for half in table:
-            mine = {name: value for name, value in client.items() if name in named[half] and name != "optimizer"}
+            mine = {
+                name: value for name, value in client.items() if name in named[half] and name != "optimizer"
+            }
             full = parts.resolve(table, {"kind": half, **mine}, "algorithm.client", ("optimizer",))
             client |= {name: value for name, value in full.items() if name != "kind"}
         tables["client"] = client
     if "server" in inspect.signature(make).parameters and server:
-        tables["server"] = parts.resolve(OPTIMIZERS, {"optimizer": "sgd", **server}, "algorithm.server", by="optimizer")
+        tables["server"] = parts.resolve(
+            OPTIMIZERS, {"optimizer": "sgd", **server}, "algorithm.server", by="optimizer"
+        )
     given = ("population", "local", "server", "aggregator", *server)
     out["algorithm"] = {**parts.resolve(ALGORITHMS, rest, "algorithm", given), **tables}
     staleness = config.schedule.get("staleness")
@@ -146,15 +156,20 @@ def resolved(config: Config) -> dict[str, Any]:
     return out
 
 
-def _problem(config: Config, dataset: Dataset, model: nn.Module | None, device: torch.device) -> tuple[Problem, Any]:
+def _problem(
+    config: Config, dataset: Dataset, model: nn.Module | None, device: torch.device
+) -> tuple[Problem, Any]:
     if model is None:
-        shape = {"input_shape": dataset.input_shape, "outputs": len(dataset.classes) if dataset.classes else 1}
+        shape = {
+            "input_shape": dataset.input_shape,
+            "outputs": len(dataset.classes) if dataset.classes else 1,
+        }
         kind, options = config.model["kind"], {k: v for k, v in config.model.items() if k != "kind"}
         with seeded(derive(config.seed, "model")):
             if ":" in kind:
                 make = parts.load_object(kind, "model.kind", config.folder)
-                named = inspect.signature(make).parameters
-                model = make(**options, **{k: v for k, v in shape.items() if k in named and k not in options})
+                given = {name: value for name, value in shape.items() if name not in options}
+                model = parts.call(make, options, "model", given, kind)
             else:
                 model = parts.build(MODELS, config.model, "model", shape)
     problem = Problem(model.to(device), dataset.task)
@@ -171,7 +186,8 @@ def _algorithm(config: Config, population: int) -> tuple[Local, Algorithm]:
         provided["local"] = local = _local(client)
     elif client:
         raise ConfigError(
-            "algorithm.client: fedsgd's clients take no steps of their own", "set the step in algorithm.server"
+            "algorithm.client: fedsgd's clients take no steps of their own",
+            "set the step in algorithm.server",
         )
     if "server" in named:
         provided["server"] = _optimizer(server, "algorithm.server") if server else None
@@ -230,7 +246,9 @@ def _trainer(config: Config, problem: Problem, fit: Callable[..., Any] | None) -
     if kind == "custom":
         if fit is None:
             if "fit" not in section:
-                raise ConfigError("backend.trainer: custom needs fit", 'trainer = { kind = "custom", fit = "train.py:fit" }')
+                raise ConfigError(
+                    "backend.trainer: custom needs fit", 'trainer = { kind = "custom", fit = "train.py:fit" }'
+                )
             fit = parts.load_object(section["fit"], "backend.trainer.fit", config.folder)
         return Custom(problem, seed, fit), "trainer: custom (your own fit)"
     return Loop(problem, seed), "trainer: loop (one client after the other)"
@@ -309,7 +327,8 @@ def _refuse_pairs(made: Parts) -> None:
             )
     if kind == "dpsgd" and not isinstance(made.schedule, Gossip):
         raise ConfigError(
-            "dpsgd has no server: its nodes mix with their neighbours", 'use schedule.kind = "gossip", or fedavg'
+            "dpsgd has no server: its nodes mix with their neighbours",
+            'use schedule.kind = "gossip", or fedavg',
         )
     if "krum" in str(algorithm.get("aggregator", "")):
         chosen = algorithm["aggregator"]
@@ -317,7 +336,7 @@ def _refuse_pairs(made: Parts) -> None:
         replies = made.schedule.buffer if not waits else _cohort(made)
         if replies < need:
             raise ConfigError(
-                f"krum(byzantine={chosen['byzantine']}) needs at least {need} replies; this schedule gives {replies}",
+                f"krum(byzantine={chosen['byzantine']}) needs at least {need} replies; the schedule gives {replies}",
                 f"set schedule.{'cohort' if waits else 'buffer'} >= {need}, or lower byzantine",
             )
 

@@ -24,7 +24,7 @@ Note = Callable[[str], None]
 
 
 def centralised(parts: Parts, samples: int, rounds: int, note: Note) -> dict[str, Any]:
-    """Train on the union of the clients' training data. curve: by the federation's rounds at equal samples."""
+    """Train on the union of the clients' data. curve: by the federation's rounds at equal samples seen."""
     points = min(rounds, POINTS)
     curve: list[dict[str, float]] = []
     marks = iter([round(samples * (index + 1) / points) for index in range(points)])
@@ -63,21 +63,21 @@ def local_only(parts: Parts, samples: int, note: Note) -> dict[str, Any]:
     return result
 
 
-def _train(
-    parts: Parts, data: tuple[Tensor, Tensor], samples: int, who: str
-) -> Iterator[tuple[Tree, int]]:
+def _train(parts: Parts, data: tuple[Tensor, Tensor], samples: int, who: str) -> Iterator[tuple[Tree, int]]:
     """Descend until `samples` examples have been seen; yield the model and the count after each step."""
     key = derive(parts.config.seed, "baseline", who)
     local, count = parts.local, len(data[1])
     work = fedavg(local).client_work
     config = local.config("samples")(0)
     params, carry = work.start({"model": parts.initial}, None, config)
-    rows = batches(count, epochs=-(-samples // count), batch_size=local.batch_size, key=derive(key, "batches"))
+    rows = batches(
+        count, epochs=-(-samples // count), batch_size=local.batch_size, key=derive(key, "batches")
+    )
     seen = 0
     with seeded(derive(key, "torch")):
-        for params, carry, examples in descend(parts.problem, work, params, carry, data, rows, key):
-            seen += examples
-            yield {"params": params, "buffers": carry["buffers"]}, seen
+        for step in descend(parts.problem, work, params, carry, data, rows, key):
+            seen += step.examples
+            yield {"params": step.params, "buffers": step.carry["buffers"]}, seen
             if seen >= samples:
                 return
 

@@ -5,7 +5,6 @@ What a `kind` takes is checked where it is built (`parts`); which parts go toget
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import tomli_w
 
 from coterie.core.errors import ConfigError
+from coterie.data.sources import default_folders
 from coterie.experiment import parts
 from coterie.experiment.parts import nearest
 
@@ -41,7 +41,7 @@ class Config:
     seed: int = 0
     compare: list[Literal["centralised", "local_only"]] = field(default_factory=list)
     transforms: list[Section] = field(default_factory=list)
-    backend: Section = field(default_factory=lambda: {"kind": "inprocess"})
+    backend: Section = field(default_factory=dict)
     system: Section = field(default_factory=dict)
     run: Section = field(default_factory=dict)
     folder: Path = field(default=Path(), compare=False)
@@ -57,6 +57,7 @@ class Config:
             object.__setattr__(
                 self, section, parts.call(check, getattr(self, section), section, label=f"[{section}]")
             )
+        object.__setattr__(self, "backend", {"kind": "inprocess", **self.backend})
         _kinds(self.data["partition"], "data.partition")
         for section in ("model", "algorithm", "schedule", "backend"):
             _kinds(getattr(self, section), section)
@@ -123,11 +124,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def data_folders(data_dir: Path | None = None) -> tuple[Path, ...]:
-    """Where data sets lie: `data_dir`, else COTERIE_DATA, else ./data and ~/.cache/coterie/data."""
-    if data_dir is not None:
-        return (data_dir.expanduser(),)
-    named = [part for part in os.environ.get("COTERIE_DATA", "").split(os.pathsep) if part]
-    return tuple(Path(part).expanduser() for part in named or ["data", "~/.cache/coterie/data"])
+    """Where data sets lie: `data_dir`, else where the data room looks by default."""
+    return default_folders() if data_dir is None else (data_dir.expanduser(),)
 
 
 def _read(path: Path) -> Section:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from coterie.experiment.theme import THEME
+from coterie.storage import write_atomic
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -59,7 +60,6 @@ def row(name: str, color: str, cells: Iterable[str]) -> str:
 
 
 def replace(path: Path, text: str) -> Path:
-    """Write the file whole or not at all, and return its path."""
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(text, encoding="utf-8", errors="replace")
-    return draft.replace(path)
+    """Write the file whole or not at all, and return its path. Raises RunError when the disk refuses."""
+    write_atomic(path, text.encode("utf-8", errors="replace"))
+    return path

@@ -81,7 +81,7 @@ def resolve(
     table: Table,
     section: Mapping[str, Any],
     where: str,
-    provided: Mapping[str, Any] = NOTHING,
+    provided: Collection[str] = (),
     *,
     by: str = "kind",
 ) -> dict[str, Any]:

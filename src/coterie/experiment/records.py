@@ -52,6 +52,17 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The object in result.json."""
-        names = ("name", "seed", "rounds", "status", "task", "final", "clients", "baselines", "bytes", "seconds")
+        names = (
+            "name",
+            "seed",
+            "rounds",
+            "status",
+            "task",
+            "final",
+            "clients",
+            "baselines",
+            "bytes",
+            "seconds",
+        )
         made = {name: getattr(self, name) for name in (*names, "privacy", "model_digest")}
         return {**made, "error": self.error} if self.error else made

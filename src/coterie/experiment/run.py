@@ -35,12 +35,17 @@ from coterie.data import ClientData, Dataset, describe
 from coterie.experiment import baselines, report
 from coterie.experiment.assemble import Parts, assemble, resolved
 from coterie.experiment.config import Config, load
+from coterie.experiment.plots import worst_decile
 from coterie.experiment.records import Progress, Result
 from coterie.experiment.tensorboard import board
 from coterie.storage import RunFolder, write_atomic
 
 SHOWN = 1000  # clients listed one by one in clients.json
-FREE_ON_RESUME = ("rounds", "quorum", "deadline")  # of [schedule]: may differ between a run and its resumption
+FREE_ON_RESUME = (
+    "rounds",
+    "quorum",
+    "deadline",
+)  # of [schedule]: may differ between a run and its resumption
 Watch = Callable[[Progress], None]
 log = logging.getLogger("coterie")
 
@@ -73,10 +78,7 @@ def run(
     folder_out, folder_data = (Path(path) if path is not None else None for path in (out, data_dir))
     with _threads(config.run["threads"]):
         parts = assemble(config, data_dir=folder_data, **parts_of)  # type: ignore[arg-type]
-        if resume:
-            folder = _reopen(config, folder_out)
-        else:
-            folder = RunFolder.create(None, config.name, folder_out)
+        folder = _reopen(config, folder_out) if resume else RunFolder.create(None, config.name, folder_out)
         with folder.lock(), _logged(folder.log):
             if not resume:
                 folder.write_config(resolved(config))
@@ -92,14 +94,16 @@ class Session:
         settings = parts.config.run
         self.checkpoints = folder.checkpoints(settings["keep_checkpoints"])
         self.memories = folder.memories()
-        self.site = Site(parts.algorithm, parts.trainer.fit, self._evaluate, parts.population.data, self.memories)
+        self.site = Site(
+            parts.algorithm, parts.trainer.fit, self._evaluate, parts.population.data, self.memories
+        )
         self.started = time.perf_counter()
-        found = self.checkpoints.latest()
-        self.version, kept, meta = found if found else (0, None, {"seconds": {"total": 0.0, "train": 0.0}})
-        self.state: Tree = kept["state"] if kept else parts.algorithm.init(parts.initial)
-        self.resume: Tree = kept["resume"] if kept else None
-        self.clock: Any = kept["clock"] if kept else None
-        self.generations: list[dict[str, int]] = [dict(self.resume["memory"])] if kept else []
+        fresh = {"state": parts.algorithm.init(parts.initial), "resume": None, "clock": None}
+        found = self.checkpoints.latest() or (0, fresh, {"seconds": {"total": 0.0, "train": 0.0}})
+        self.version, kept, meta = found
+        self.state: Tree = kept["state"]
+        self.resume: Tree = kept["resume"]
+        self.generations: list[dict[str, int]] = [self.resume["memory"]] if self.resume else []
         self.before: dict[str, float] = meta["seconds"]
         self.first = self.version
         folder.truncate(self.version)
@@ -108,9 +112,9 @@ class Session:
         for row in folder.rows():
             self._count(row)
         self.train_seconds = 0.0
-        self.done = 0
+        self.done = 0  # clients, in this round
         self.board = board(folder.path, self.version) if settings["tensorboard"] else None
-        self.backend: InProcess = parts.backend(self._answer, self.clock)
+        self.backend: InProcess = parts.backend(self._answer, kept["clock"])
 
     @property
     def rounds(self) -> int:
@@ -193,7 +197,11 @@ class Session:
 
     def _count(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        for name, value in (("samples", row["samples"]), ("lost", row["clients"]["lost"]), *row["bytes"].items()):
+        for name, value in (
+            ("samples", row["samples"]),
+            ("lost", row["clients"]["lost"]),
+            *row["bytes"].items(),
+        ):
             self.totals[name] += value
 
     def _tell(self, note: str = "") -> None:
@@ -201,7 +209,7 @@ class Session:
         row = self.rows[-1] if self.rows else {}
         clients, seconds = row.get("clients", {}), self.seconds()["total"]
         made = self.version - self.first
-        measured = next((each for each in reversed(self.rows) if "loss" in each), {})
+        measured = self._measured()
         self.watch(
             Progress(
                 folder=self.folder.path,
@@ -219,9 +227,13 @@ class Session:
                 eta=(seconds - self.before["total"]) / made * (self.rounds - self.version) if made else None,
                 note=note,
                 done=self.done,
-                total=clients.get("asked", 0),
+                total=self.done + len(self.backend.open) if self.done else 0,
             )
         )
+
+    def _measured(self) -> dict[str, Any]:
+        """The newest row with an evaluation."""
+        return next((row for row in reversed(self.rows) if "loss" in row), {})
 
     def _note(self, text: str) -> None:
         self._tell(note=text)
@@ -252,7 +264,7 @@ class Session:
     ) -> Result:
         """Write result.json, clients.json, the model and the report."""
         config, model = self.parts.config, self.state["model"]
-        measured: dict[str, Any] = next((row for row in reversed(self.rows) if "loss" in row), {})
+        measured = self._measured()
         result = Result(
             folder=self.folder.path,
             name=config.name,
@@ -286,19 +298,20 @@ def _naming(config: Mapping[str, Any], model: nn.Module | None, dataset: Dataset
     return named
 
 
-def _spread(by_client: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Mean over clients, and mean over the worst tenth of them (Li et al. 2020, arXiv:1905.10497)."""
+def _spread(by_client: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean over clients, and mean over the worst tenth of them."""
     spread: dict[str, float] = {}
-    for name, worst_is_low in (("accuracy", True), ("loss", False)):
-        values = sorted((m[name] for m in by_client.values() if name in m), reverse=not worst_is_low)
+    for name in ("accuracy", "loss"):
+        values = [measured[name] for measured in by_client.values() if name in measured]
         if values:
-            tenth = values[: max(1, len(values) // 10)]
             spread[f"{name}_mean"] = sum(values) / len(values)
-            spread[f"{name}_worst_decile"] = sum(tenth) / len(tenth)
+            spread[f"{name}_worst_decile"] = worst_decile(values, name)
     return spread
 
 
-def _clients(parts: Parts, by_client: dict[str, dict[str, float]], compared: dict[str, Any]) -> dict[str, Any]:
+def _clients(
+    parts: Parts, by_client: dict[str, dict[str, float]], compared: dict[str, Any]
+) -> dict[str, Any]:
     """What clients.json holds."""
     population = parts.population
     facts = describe(population.dataset.train, population.partition, population.dataset.classes)
@@ -327,7 +340,9 @@ def _reopen(config: Config, out: Path | None) -> RunFolder:
     """The folder to resume; its config must be this one's, but for what may change."""
     folder = RunFolder.open(out) if out is not None else RunFolder.latest(None, config.name)
     if folder is None:
-        raise ConfigError(f"--resume: there is no run named {config.name!r} in runs/", "name its folder with --out")
+        raise ConfigError(
+            f"--resume: there is no run named {config.name!r} in runs/", "name its folder with --out"
+        )
     settings = resolved(config)
     was, now = _fixed(folder.config()), _fixed(settings)
     if was != now:

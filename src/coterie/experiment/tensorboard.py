@@ -16,7 +16,7 @@ def board(folder: Path, version: int) -> Callable[[Mapping[str, Any]], None]:
     Raises ConfigError when TensorBoard is not installed.
     """
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  an extra
     except ImportError:
         raise ConfigError(
             "run.tensorboard = true: TensorBoard is not installed", "pip install 'coterie[tensorboard]'"

@@ -37,7 +37,14 @@ def constant() -> Staleness:
     return lambda t: 1.0
 
 
-STALENESS: Mapping[str, Callable[..., Staleness]] = {"constant": constant, "hinge": hinge, "polynomial": polynomial}
+STALENESS: Mapping[str, Callable[..., Staleness]] = {
+    "constant": constant,
+    "hinge": hinge,
+    "polynomial": polynomial,
+}
+
+
+SQUARE_ROOT = polynomial()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +59,7 @@ class Buffered:
     rounds: int
     concurrency: int | float
     buffer: int = 10
-    staleness: Staleness = polynomial()
+    staleness: Staleness = SQUARE_ROOT
     max_staleness: int | None = None
     on_nan: OnNan = "stop"
     key: Key
@@ -154,7 +161,7 @@ def asynchronous(
     *,
     rounds: int,
     concurrency: int | float,
-    staleness: Staleness = polynomial(),  # noqa: B008  a pure function
+    staleness: Staleness = SQUARE_ROOT,
     max_staleness: int | None = None,
     on_nan: OnNan = "stop",
     key: Key,

@@ -31,7 +31,9 @@ def complete(node: int, count: int) -> set[int]:
 
 
 TOPOLOGIES: Mapping[str, Callable[[int, int], set[int]]] = {"complete": complete, "ring": ring}
-UNFOLDED = Aggregator(lambda: None, lambda acc, up, weight: None, lambda a, b: None, lambda acc: (None, 0, 0), True)
+UNFOLDED = Aggregator(
+    lambda: None, lambda acc, up, weight: None, lambda a, b: None, lambda acc: (None, 0, 0), True
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,15 @@ class Gossip:
         for round in range(resume["version"], self.rounds):
             config = algorithm.local(round)
             tasks = [
-                Task(next(ids), client, round, round, algorithm.broadcast(node), config=config, memory=memory.get(client))
+                Task(
+                    next(ids),
+                    client,
+                    round,
+                    round,
+                    algorithm.broadcast(node),
+                    config=config,
+                    memory=memory.get(client),
+                )
                 for client, node in zip(clients, nodes, strict=True)
             ]
             replies = yield from ask(tasks)
@@ -77,7 +87,9 @@ class Gossip:
                 got.accepted[client] = replies[client].task.id
             got.fold = got.fold._replace(lost=len(clients) - len(ups))
             if not ups:
-                raise QuorumLost(f"round {round + 1}: no node finished its work", "see run.log for each node's error")
+                raise QuorumLost(
+                    f"round {round + 1}: no node finished its work", "see run.log for each node's error"
+                )
             models = [node["model"] for node in nodes]
             mixed = [{**node, "model": average([models[j] for j in near[i]])} for i, node in enumerate(nodes)]
             nodes = [

@@ -30,7 +30,7 @@ class Hierarchical(Synchronous):
             raise ConfigError(f"schedule.groups = {self.groups}: must be at least 1")
         if self.over_selection != 1:
             raise ConfigError(
-                "schedule.over_selection: the first replies of the whole cohort are not known to any one relay",
+                "schedule.over_selection: no relay knows the first replies of the whole cohort",
                 "use a deadline, or the synchronous schedule",
             )
 
@@ -44,7 +44,7 @@ class Hierarchical(Synchronous):
         algorithm: Algorithm,
         tasks: Sequence[Task],
         clients: Sequence[ClientId],
-        cohort: int,
+        cohort: int,  # noqa: ARG002  every relay waits for all of its part
         ids: Iterator[int],
     ) -> Plan[Gathered]:
         """How the replies come in: folded by the relays."""
@@ -55,7 +55,12 @@ class Hierarchical(Synchronous):
         for index, relay in enumerate(self.relays):
             below = [[task.client, task.id, task.memory] for task in tasks if group[task.client] == index]
             if below:
-                config = {"tasks": below, "local": tasks[0].config, "timer": next(ids), "deadline": self.deadline}
+                config = {
+                    "tasks": below,
+                    "local": tasks[0].config,
+                    "timer": next(ids),
+                    "deadline": self.deadline,
+                }
                 folds.append(
                     Task(next(ids), relay, tasks[0].version, tasks[0].round, tasks[0].down, "fold", config)
                 )

@@ -51,7 +51,9 @@ class Synchronous:
         if self.rounds < 1:
             raise ConfigError(f"schedule.rounds = {self.rounds}: must be at least 1")
         if self.over_selection < 1:
-            raise ConfigError(f"schedule.over_selection = {self.over_selection}: must be at least 1", "1.3 is usual")
+            raise ConfigError(
+                f"schedule.over_selection = {self.over_selection}: must be at least 1", "1.3 is usual"
+            )
         if self.deadline is not None and self.deadline <= 0:
             raise ConfigError(f"schedule.deadline = {self.deadline}: must be > 0 seconds")
 
@@ -73,7 +75,8 @@ class Synchronous:
             got = yield from self.collect(algorithm, tasks, clients, cohort, ids)
             if len(got.accepted) < quorum:
                 raise QuorumLost(
-                    f"round {round + 1}: {len(got.accepted)} of {asked} clients replied, the quorum is {quorum}\n"
+                    f"round {round + 1}: {len(got.accepted)} of {asked} clients replied, "
+                    f"the quorum is {quorum}\n"
                     + "\n".join(f"  {reason.strip().splitlines()[-1]}" for reason in got.reasons[:5]),
                     "see run.log for each client's error; then mend it and go on with --resume, "
                     "or lower schedule.quorum",
@@ -98,7 +101,7 @@ class Synchronous:
         self,
         algorithm: Algorithm,
         tasks: Sequence[Task],
-        clients: Sequence[ClientId],
+        clients: Sequence[ClientId],  # noqa: ARG002  for schedules that group them
         cohort: int,
         ids: Iterator[int],
     ) -> Plan[Gathered]:
@@ -121,7 +124,9 @@ def share(value: int | float, whole: int, name: str, what: str) -> int:
     if count != int(count) or count < 1:
         raise ConfigError(f"{name} = {value}: must be a whole number >= 1 or a fraction in (0, 1]")
     if count > whole:
-        raise ConfigError(f"{name} = {value}: there are only {whole} {what}", f"use at most {whole}, or 1.0 for all")
+        raise ConfigError(
+            f"{name} = {value}: there are only {whole} {what}", f"use at most {whole}, or 1.0 for all"
+        )
     return int(count)
 
 

@@ -1,4 +1,4 @@
-"""How a client trains: the reference loop, or the user's own function. Knows core and data (ClientData, batches).
+"""How a client trains: the reference loop, or the user's own function. Knows core and data.
 
 Read `loop` first: it is the meaning of an algorithm's ClientWork. `problem` turns a module and a loss into
 pure functions. Which client trains when, and what becomes of its reply, is not known here.

@@ -1,10 +1,10 @@
-"""The custom trainer: the user's own `fit(model, data, context)`, for what the functional form cannot express.
+"""The custom trainer: the user's own `fit(model, data, context)`, for what is no functional loop.
 
-    def fit(model, data, context):            # model: nn.Module holding the server's parameters
-        x, y = data.train                     # the client's own tensors
-        for epoch in range(context.config["epochs"]):
-            ...                               # any loop, Lightning, Hugging Face Trainer, ...
-        return {"loss": 0.3}                  # optional: metrics, or a Fit with a weight
+def fit(model, data, context):            # model: nn.Module holding the server's parameters
+    x, y = data.train                     # the client's own tensors
+    for epoch in range(context.config["epochs"]):
+        ...                               # any loop, Lightning, Hugging Face Trainer, ...
+    return {"loss": 0.3}                  # optional: metrics, or a Fit with a weight
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Custom:
 
     name = "custom"
 
-    def __init__(self, problem: Problem, seed: int | Key, fit: Callable[[nn.Module, ClientData, Context], Any]) -> None:
+    def __init__(
+        self, problem: Problem, seed: int | Key, fit: Callable[[nn.Module, ClientData, Context], Any]
+    ) -> None:
         self.problem, self.seed, self.user = problem, seed, fit
 
     def fit(self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData) -> tuple[Reply, Tree]:

@@ -85,10 +85,10 @@ class Loop:
         steps, seen, loss = 0, 0, torch.zeros((), dtype=torch.float64)
         rows = rows_of(len(data.train[1]), task.config, derive(key, "batches"))
         with seeded(derive(key, "torch")):
-            for params, carry, examples in descend(self.problem, work, params, carry, data.train, rows, key):
-                steps, seen = steps + 1, seen + examples
-                loss += carry["loss"].double() * examples
-        up, memory = work.finish(params, task.down, carry, steps)
+            for step in descend(self.problem, work, params, carry, data.train, rows, key):
+                steps, seen = steps + 1, seen + step.examples
+                loss += step.carry["loss"].double() * step.examples
+        up, memory = work.finish(step.params, task.down, step.carry, steps)
         return Reply(task, up, weight_of(task, data), {"loss": float(loss) / seen}, samples=seen), memory
 
 

@@ -60,17 +60,21 @@ class Problem:
         outputs = functional_call(self.training, (dict(params), after), (inputs,))
         return self.per_example(outputs, targets), after
 
-    def measure(self, model: Tree, inputs: Tensor, targets: Tensor, *, batch_size: int = 512) -> dict[str, float]:
+    def measure(
+        self, model: Tree, inputs: Tensor, targets: Tensor, *, batch_size: int = 512
+    ) -> dict[str, float]:
         """{"loss", "count"} and for classification {"accuracy"}: means over all examples, evaluation mode.
 
         Sums are taken in float64 over fixed batches, so the result depends on the data alone.
         """
-        total, correct = 0.0, 0
+        total, correct = 0.0, 0.0
         with torch.no_grad():
             for start in range(0, len(targets), batch_size):
                 part = targets[start : start + batch_size]
                 outputs = functional_call(
-                    self.evaluation, (model["params"], model["buffers"]), (inputs[start : start + batch_size],)
+                    self.evaluation,
+                    (model["params"], model["buffers"]),
+                    (inputs[start : start + batch_size],),
                 )
                 total += float(self.per_example(outputs, part).double().sum())
                 if self.task == "classification":
@@ -81,7 +85,7 @@ class Problem:
         return {**measured, "accuracy": correct / count} if self.task == "classification" else measured
 
     def check(self, inputs: Tensor, targets: Tensor, classes: int | None) -> None:
-        """Raise ConfigError when the model's output does not fit the labels, or the model does not run at all.
+        """Raise ConfigError when the model's output does not fit the labels, or it does not run at all.
 
         inputs [>= 2, ...], targets likewise: a few examples. classes: how many labels there are.
         """
@@ -99,7 +103,7 @@ class Problem:
             if isinstance(outputs, Tensor) and outputs.dim() >= 2 and outputs.shape[1] == classes:
                 return
             raise ConfigError(
-                f"the model's output is {found} for inputs {tuple(inputs.shape)}; the data has {classes} labels",
+                f"the model gives {found} for inputs {tuple(inputs.shape)}; the data has {classes} labels",
                 f"the last layer must give [batch, {classes}] scores",
             )
         if not (isinstance(outputs, Tensor) and outputs.numel() == targets.numel()):
@@ -124,8 +128,10 @@ def load_into(module: nn.Module, model: Tree) -> None:
 
 
 def read_from(module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """{"params", "buffers"} of a module, as fresh tensors. Frozen parameters are no part of what is learned."""
+    """{"params", "buffers"} of a module, as fresh tensors; without frozen parameters, which nobody learns."""
     return {
-        "params": {n: value.detach().clone() for n, value in module.named_parameters() if value.requires_grad},
+        "params": {
+            n: value.detach().clone() for n, value in module.named_parameters() if value.requires_grad
+        },
         "buffers": {n: value.detach().clone() for n, value in module.named_buffers()},
     }
