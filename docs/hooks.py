@@ -19,6 +19,7 @@ from typing import Any
 import griffe
 import typer
 
+import coterie
 from coterie.algorithms import ALGORITHMS, OPTIMIZERS, Local
 from coterie.backends import DURATIONS
 from coterie.cli import app
@@ -101,7 +102,17 @@ def commands() -> str:
     return "\n\n".join(found)
 
 
+def api() -> str:
+    """One row a room: the names that `import coterie` gives from it."""
+    rooms: dict[str, list[str]] = {}
+    for name in coterie.__all__:
+        rooms.setdefault(getattr(coterie, name).__module__.split(".")[1], []).append(f"`{name}`")
+    rows = [[f"[{room}]({room}.md)", ", ".join(names)] for room, names in sorted(rooms.items())]
+    return markdown(["room", "names"], rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
+    "api": api,
     "aggregators": lambda: kinds(AGGREGATORS),
     "algorithms": algorithms,
     "client": lambda: keys(Local, ("optimizer",)),

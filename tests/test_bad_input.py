@@ -93,7 +93,7 @@ def test_the_good_config_is_good(coterie):
         (["algorithm.kind=fedprox", "algorithm.mu=-1"], "mu must be >= 0", ""),
         (["algorithm.kind=dpsgd"], "dpsgd has no server", "gossip"),
         (["algorithm.weighting=client"], "this data names no weights", "data.weight"),
-        (["algorithm.aggregator={kind='krum', byzantine=1}"], "krum(byzantine=1) needs at least 5", "cohort"),
+        (["algorithm.aggregator={kind='krum', byzantine=1}"], "krum(byzantine=1) needs 5", "cohort"),
         (["transforms=[{kind='clip', norm=1.0}]"], "transforms", "leave"),
         (["model={kind='nothere:Net'}"], "there is no module 'nothere'", "file.py:Name"),
         (["model={kind='model.py:Net'}"], "there is no file", ""),

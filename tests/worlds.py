@@ -6,7 +6,7 @@ which batch; everything else they compute by themselves.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -24,7 +24,6 @@ from coterie.trainers import Loop, Problem, rows_of, task_key
 
 KEY = derive(2024, "schedule")
 FULL = MappingProxyType({"epochs": 1, "batch_size": None, "steps": None})
-Durations = Callable[[Task], float]
 
 
 class Outcome(NamedTuple):
@@ -75,9 +74,7 @@ class World:
         backend.send = send
 
         def on_commit(commit):
-            memories.commit(
-                commit.resume["memory"]
-            )  # never pruned: every commit's generations can be looked at
+            memories.commit(commit.resume["memory"])  # and never prune: tests look at all generations
             commits.append(commit)
 
         plan = plan or schedule(algorithm, algorithm.init(self.problem.model()), self.clients)

@@ -4,12 +4,24 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+import torch
 
 from coterie.aggregators import krum
 from coterie.algorithms import Local, fedadam, fedavg, scaffold
 from coterie.backends import DURATIONS, drop_out
-from coterie.core import ConfigError, QuorumLost, Reply, Task, derive, fold_task, gather, interleave
+from coterie.core import (
+    ConfigError,
+    NonFinite,
+    QuorumLost,
+    Reply,
+    Task,
+    derive,
+    fold_task,
+    gather,
+    interleave,
+)
 from coterie.core.trees import digest
+from coterie.data import ClientData
 from coterie.schedules import Hierarchical, Synchronous
 from worlds import KEY, linear_world
 
@@ -60,6 +72,17 @@ def test_the_server_hears_from_relays_only():
     assert all(task.kind == "fold" for task in outcome.sent)
     assert {task.kind for task in outcome.trained} == {"train"}
     assert len({task.id for task in [*outcome.sent, *outcome.trained]}) == 2 * (3 + len(WORLD.clients))
+
+
+def test_a_relay_drops_or_stops_at_nan_as_the_server_would():
+    x, y = WORLD.people["client-4"].train
+    broken = {**WORLD.people, "client-4": ClientData((x * torch.nan, y), (x, y))}.__getitem__
+    two, one = Hierarchical(**SETTINGS, on_nan="drop", groups=3), Synchronous(**SETTINGS, on_nan="drop")
+    ours = WORLD.play(ALGORITHMS["scaffold"], two, data=broken)
+    same(ours, WORLD.play(ALGORITHMS["scaffold"], one, data=broken))
+    assert any(task.client == "client-4" for task in ours.trained)
+    with pytest.raises(NonFinite, match="client-4"):
+        WORLD.play(ALGORITHMS["scaffold"], Hierarchical(**SETTINGS, groups=3), data=broken)
 
 
 def test_a_quorum_counts_clients_and_not_relays():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from coterie.aggregators import krum
 from coterie.algorithms import Local, fedadam, fedavg
 from coterie.core import Lost, derive, rng, seeded
 from coterie.core.trees import digest
@@ -113,7 +114,7 @@ def test_a_fit_that_raises_loses_its_client_only(caplog):
 
 
 def test_what_a_fit_does_to_its_module_stays_with_it():
-    """Parameters, mode, flags and attributes: the next client starts from the server's model."""
+    """Parameters, mode, attributes, settings: the next client starts from the server's model."""
     seen = []
 
     def vandal(model, data, context):
@@ -124,6 +125,7 @@ def test_what_a_fit_does_to_its_module_stays_with_it():
         own_loop(model, data, context)
         model.mine = True
         model.eval()
+        context.config["lr"] = 0.0
 
     start = digest(WORLD.problem.model())
     outcome = WORLD.play(fedavg(LOCAL), replace(SCHEDULE, rounds=1), trainer=custom(vandal))
@@ -132,6 +134,35 @@ def test_what_a_fit_does_to_its_module_stays_with_it():
     assert len(seen) == 3
     plain = WORLD.play(fedavg(LOCAL), replace(SCHEDULE, rounds=1), trainer=custom(own_loop))
     assert digest(outcome.state) == digest(plain.state)
+
+
+@pytest.mark.parametrize("who", [["client-1"], WORLD.clients], ids=["one", "all"])
+def test_updates_keep_the_models_type_whatever_the_user_computes_in(who):
+    people = {
+        k: ClientData((d.train[0].float(), d.train[1].float()), d.test) for k, d in WORLD.people.items()
+    }
+    world = World(Problem(nn.Linear(3, 1), "regression"), people)
+
+    def fit(model, data, context):
+        if context.client in who:
+            model.double()
+            with torch.no_grad():
+                model.bias += 1.0
+
+    everybody = replace(SCHEDULE, cohort=1.0)
+    outcome = world.play(fedavg(LOCAL), everybody, trainer=custom(fit, world))
+    assert {leaf.dtype for leaf in outcome.state["model"]["params"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("aggregator", [None, krum(byzantine=1)], ids=["mean", "krum"])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
+def test_a_weight_that_is_none_is_dropped_with_its_update(aggregator, weight):
+    def fit(model, data, context):
+        return Fit(weight=weight if context.client == "client-1" else None)
+
+    careful = replace(SCHEDULE, cohort=1.0, on_nan="drop")
+    outcome = WORLD.play(fedavg(LOCAL, aggregator=aggregator), careful, trainer=custom(fit))
+    assert [commit.metrics["clients"]["lost"] for commit in outcome.commits] == [1, 1, 1]
 
 
 def test_a_fit_gets_the_servers_newest_model():

@@ -195,6 +195,25 @@ def test_frozen_parameters_stay_and_are_not_sent():
         torch.testing.assert_close(ours, plain.get_parameter(name).detach(), rtol=0, atol=1e-12)
 
 
+def test_tied_parameters_are_one():
+    def tied():
+        module = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)).double()
+        module[2].weight = module[0].weight
+        return module
+
+    with seeded(derive(SEED, "model")):
+        module = tied()
+    problem, data = Problem(module), people()["client-1"]
+    algorithm = fedavg(Local(lr=0.1, batch_size=4))
+    task = first_task(algorithm, problem.model())
+    reply, _ = Loop(problem, SEED).fit(algorithm, task, None, data)
+    assert set(reply.up["delta"]) == {"0.weight", "0.bias", "2.bias"}
+    rows = batches(10, epochs=1, batch_size=4, key=derive(derive(SEED, "train", 0, "client-1"), "batches"))
+    plain, _, _ = expected(module, data, lambda p: torch.optim.SGD(p, 0.1), rows)
+    ours = task.down["model"]["params"]["0.weight"] - reply.up["delta"]["0.weight"]
+    torch.testing.assert_close(ours, plain[2].weight.detach(), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(("weighting", "weight"), [("samples", 14.0), ("uniform", 1.0), ("client", 1.5)])
 def test_weighs_the_update_as_configured(weighting, weight):
     world = linear_world()

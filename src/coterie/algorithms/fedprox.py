@@ -24,7 +24,7 @@ def fedprox(
     weighting: Weighting = "samples",
     aggregator: Aggregator | None = None,
 ) -> Algorithm:
-    """FedAvg with a proximal term that holds clients near the server's model; mu = 0 is FedAvg, bit for bit."""
+    """FedAvg with a proximal term that holds clients near the server's model; mu = 0 is FedAvg itself."""
     base = fedavg(local, server=server, weighting=weighting, aggregator=aggregator)
     return replace(base, client_work=proximal(base.client_work, mu))
 

@@ -336,7 +336,7 @@ def _refuse_pairs(made: Parts) -> None:
         replies = made.schedule.buffer if not waits else _cohort(made)
         if replies < need:
             raise ConfigError(
-                f"krum(byzantine={chosen['byzantine']}) needs at least {need} replies; the schedule gives {replies}",
+                f"krum(byzantine={chosen['byzantine']}) needs {need} replies; the schedule gives {replies}",
                 f"set schedule.{'cohort' if waits else 'buffer'} >= {need}, or lower byzantine",
             )
 

@@ -77,7 +77,7 @@ class Synchronous:
                 raise QuorumLost(
                     f"round {round + 1}: {len(got.accepted)} of {asked} clients replied, "
                     f"the quorum is {quorum}\n"
-                    + "\n".join(f"  {reason.strip().splitlines()[-1]}" for reason in got.reasons[:5]),
+                    + "\n".join(f"  {reason.strip().splitlines()[0]}" for reason in got.reasons[:5]),
                     "see run.log for each client's error; then mend it and go on with --resume, "
                     "or lower schedule.quorum",
                 )

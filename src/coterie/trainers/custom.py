@@ -57,7 +57,7 @@ class Custom:
         work, key = algorithm.client_work, task_key(self.seed, task)
         module = copy.deepcopy(self.problem.training)
         load_into(module, task.down["model"])
-        context = Context(task.client, task.round, task.config, derive(key, "user"))
+        context = Context(task.client, task.round, dict(task.config), derive(key, "user"))
         with seeded(derive(key, "torch")):
             returned = self.user(module, data, context)
         told = returned if isinstance(returned, Fit) else Fit(metrics=returned or {})
