@@ -174,7 +174,7 @@ PARTITION = "partition={kind='iid', clients=2}"
 
 def corrupt_idx(folder):
     (folder / "mnist").mkdir()
-    for name, magic, count, more in (("images", 0x803, 4, (28, 28)), ("labels", 0x801, 4, ())):
+    for _, magic, count, more in (("images", 0x803, 4, (28, 28)), ("labels", 0x801, 4, ())):
         head = b"".join(n.to_bytes(4, "big") for n in (magic, count, *more))
         body = bytes(count * 28 * 28 if more else count)
         for part in ("train", "t10k"):

@@ -160,8 +160,12 @@ def test_a_block_that_is_wrong_is_found(folder, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_paths_end_somewhere(page):
     text = page.read_text("utf-8")
-    for target in re.findall(r"\]\((?!https?://)([^)#]*)(?:#[\w-]+)?\)", text):
-        assert not target or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([\w-]*)\)", text):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor and page.parent == ROOT:  # mkdocs checks those in docs/
+            headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
     for path in re.findall(r"`((?:src|tests|examples|docs)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
 

@@ -14,12 +14,16 @@ from coterie.core.trees import digest
 
 FINITE = {"allow_nan": False, "allow_infinity": False}
 WEIGHTS = st.floats(0, 1e3, **FINITE) | st.just(0.0)
-UPDATES = st.lists(
-    st.tuples(st.lists(st.floats(-1e4, 1e4, **FINITE), min_size=3, max_size=3), WEIGHTS),
-    min_size=1,
-    max_size=8,
+REPLIES = st.lists(
+    st.tuples(st.lists(st.floats(-1, 1, **FINITE), min_size=3, max_size=3), WEIGHTS), min_size=1, max_size=8
 ).filter(lambda replies: any(weight > 1e-3 for _, weight in replies))
-QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+# Around each of the two grids: where sums stand in the one, in the other, and across both.
+UPDATES = st.builds(
+    lambda replies, scale: [([scale * value for value in values], weight) for values, weight in replies],
+    REPLIES,
+    st.sampled_from([1e4, 1.0, 1e-9]),
+)
+QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def update(values, dtype=torch.float64):

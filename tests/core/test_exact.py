@@ -56,6 +56,21 @@ def test_bits_do_not_depend_on_order_or_nesting():
     assert len(naive) > 1, "plain float64 sums agree too: this test cannot tell exact from lucky"
 
 
+def test_the_exact_value_itself_does_not_depend_on_order_or_nesting():
+    """Down to the last bit of the limbs, which the rounding of a float32 mean would hide."""
+    ups, weights = updates(40)
+    ups = [up["w"].double() / 3 * 10.0 ** -(4 * (i % 3)) for i, up in enumerate(ups)]  # bits far below the grid
+    values = set()
+    for trial in range(40):
+        draw = random.Random(trial)
+        order = list(range(40))
+        draw.shuffle(order)
+        acc = folded(ups, weights, order, draw)
+        limbs = zip(acc["hi"].flatten().tolist(), acc["lo"].flatten().tolist(), strict=True)
+        values.add(tuple(Fraction(hi) + Fraction(lo) for hi, lo in limbs))
+    assert len(values) == 1
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.floats(-1e4, 1e4, width=32), st.floats(2**-20, 1e4)), min_size=1, max_size=40)

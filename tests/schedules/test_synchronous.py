@@ -6,16 +6,18 @@ Statistical tests have a false-alarm rate of 1e-6 over the choice of the key, wh
 from collections import Counter
 from dataclasses import replace
 from itertools import permutations
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy import stats
 
-from coterie.algorithms import Local, fedavg
+from coterie.algorithms import Local, fedavg, scaffold
 from coterie.backends import drop_out
 from coterie.core import ConfigError, Lost, NonFinite, QuorumLost, Reply, derive
 from coterie.core.trees import digest
 from coterie.schedules import Synchronous
+from coterie.trainers import Loop
 from worlds import KEY, linear_world
 
 WORLD = linear_world()
@@ -207,6 +209,21 @@ def test_nan_stops_the_run_or_drops_the_client():
     assert digest(outcome.state) == digest(without.state)
     assert outcome.commits[1].metrics["clients"] == {"asked": 6, "answered": 5, "lost": 1}
     assert outcome.commits[1].metrics["train_loss"] == without.commits[1].metrics["train_loss"]
+
+
+def test_nan_in_the_last_part_of_an_update_leaves_no_trace_of_the_first():
+    algorithm, loop = scaffold(Local(lr=0.05, batch_size=4), population=6), Loop(WORLD.problem, WORLD.seed)
+
+    def fit(algorithm, task, memory, data):
+        reply, memory = loop.fit(algorithm, task, memory, data)
+        if task.client == "client-4":
+            reply.up["control"]["bias"].fill_(torch.nan)
+        return reply, memory
+
+    schedule = Synchronous(rounds=2, cohort=1.0, on_nan="drop", key=KEY)
+    outcome = WORLD.play(algorithm, schedule, trainer=SimpleNamespace(fit=fit))
+    without = WORLD.play(algorithm, schedule, dropped=lambda task: task.client == "client-4")
+    assert digest(outcome.state) == digest(without.state)
 
 
 def test_the_reported_loss_is_weighted_as_the_updates_are():
