@@ -154,6 +154,8 @@ def test_what_is_not_finite_is_refused_by_name_and_changes_nothing(bad):
 def test_out_of_range_is_refused():
     with pytest.raises(OutOfRange, match="beyond the exact range"):
         exact.add(None, torch.tensor([1e9]), 100.0)
+    with pytest.raises(OutOfRange):
+        exact.add(None, torch.tensor([1e308, 1.5e308], dtype=torch.float64), 1e10)
     acc = exact.add(None, torch.tensor([2.0**33]), 3.0)
     with pytest.raises(OutOfRange):
         exact.merge(acc, exact.add(None, torch.tensor([2.0**33]), 3.0))

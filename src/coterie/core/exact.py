@@ -47,7 +47,6 @@ def add(acc: Tree, up: Tree, weight: float | Sequence[float] | Tensor) -> Tree:
         return acc
     if not (math.isfinite(weight) and weight >= 0):
         raise NonFinite(f"weight {weight} of an update: weights must be finite and >= 0")
-    bound = _bound(up, weight)
     if acc is None:
         acc = {
             "hi": trees.map_tree(lambda u: torch.zeros(u.shape, dtype=_limb(u), device=u.device), up),
@@ -57,9 +56,23 @@ def add(acc: Tree, up: Tree, weight: float | Sequence[float] | Tensor) -> Tree:
             "count": 0,
             "bound": 0,
         }
+    rows = trees.rows(acc["hi"], acc["lo"], acc["like"], up)
+    largest = 0.0
+    for hi, _, like, u in rows:
+        if u.shape != hi.shape or u.dtype != like.dtype:
+            raise ValueError(
+                f"an update of {u.dtype} {tuple(u.shape)} among updates of {like.dtype} {tuple(hi.shape)}"
+            )
+        if u.is_floating_point() and u.numel():
+            low, high = trees.extent(u)
+            largest = max(largest, -low, high) if math.isfinite(low + high) else math.inf
+    if not math.isfinite(largest):
+        trees.check_finite(up)  # names the leaf
+    bound = math.ceil(min(largest * weight, 2.0 * LIMIT))  # an integer, so its sum is exact too
     total = _checked(acc["bound"] + bound)
-    trees.map_tree(_check_form, acc["hi"], acc["like"], up)
-    trees.map_tree(lambda hi, lo, u: _add_leaf(hi, lo, u, weight), acc["hi"], acc["lo"], up)
+    scratch = _Scratch()
+    for hi, lo, _, u in rows:
+        _add_leaf(hi, lo, u.detach(), weight, scratch)
     acc = {**acc, "weight": acc["weight"] + Fraction(weight), "count": acc["count"] + 1, "bound": total}
     if acc["count"] % CARRY_EVERY == 0:
         trees.map_tree(_carry, acc["hi"], acc["lo"])
@@ -117,36 +130,35 @@ def _checked(bound: int) -> int:
     return bound
 
 
-def _bound(up: Tree, weight: float) -> int:
-    """An integer (so that its sum is exact too) >= max |weight * value|."""
-    trees.check_finite(up)
-    largest = 0.0
-    for leaf in trees.leaves(up):
-        if leaf.is_floating_point() and leaf.numel():
-            low, high = trees.extent(leaf)
-            largest = max(largest, -low, high)
-    return math.ceil(largest * weight)
+class _Scratch:
+    """Two float64 chunks, reused for every chunk of every leaf: allocation costs more than the sums."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def of(self, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
+        found = self.chunks.get(device)
+        if found is None or found[0].numel() < size:
+            found = self.chunks[device] = (
+                torch.empty(size, dtype=torch.float64, device=device),
+                torch.empty(size, dtype=torch.float64, device=device),
+            )
+        return found[0][:size], found[1][:size]
 
 
-def _check_form(hi: Tensor, like: Tensor, u: Tensor) -> None:
-    if u.shape != hi.shape or u.dtype != like.dtype:
-        raise ValueError(
-            f"an update of {u.dtype} {tuple(u.shape)} among updates of {like.dtype} {tuple(hi.shape)}"
-        )
-
-
-def _add_leaf(hi: Tensor, lo: Tensor, u: Tensor, weight: float) -> None:
-    u, hi = u.detach().reshape(-1), hi.view(-1)
+def _add_leaf(hi: Tensor, lo: Tensor, u: Tensor, weight: float, scratch: _Scratch) -> None:
     if not u.is_floating_point():
         hi.add_(u)
         return
-    lo = lo.view(-1)
+    u, hi, lo = u.reshape(-1), hi.view(-1), lo.view(-1)
     step = CHUNK if u.device.type == "cpu" else max(u.numel(), 1)
     for start in range(0, u.numel(), step):
-        x = u[start : start + step].double() * weight
-        rounded = (x + SHIFT_HI).sub_(SHIFT_HI)
-        hi[start : start + step].add_(rounded)
-        lo[start : start + step].add_(x.sub_(rounded).add_(SHIFT_LO).sub_(SHIFT_LO))
+        part = slice(start, start + step)
+        x, rounded = scratch.of(u.device, min(step, u.numel() - start))
+        x.copy_(u[part]).mul_(weight)
+        torch.add(x, SHIFT_HI, out=rounded).sub_(SHIFT_HI)
+        hi[part].add_(rounded)
+        lo[part].add_(x.sub_(rounded).add_(SHIFT_LO).sub_(SHIFT_LO))
 
 
 def _carry(hi: Tensor, lo: Tensor) -> None:

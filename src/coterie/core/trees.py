@@ -28,6 +28,15 @@ def map_tree(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return tree_unflatten([function(*row) for row in zip(*columns, strict=True)], structure)
 
 
+def rows(*trees: Tree) -> list[tuple[Any, ...]]:
+    """The leaves of some trees side by side. Raises ValueError when the trees differ in structure."""
+    columns, structures = zip(*(tree_flatten(tree) for tree in trees), strict=True)
+    for structure in structures[1:]:
+        if structure != structures[0]:
+            raise ValueError(f"trees differ in structure: {structures[0]} and {structure}")
+    return list(zip(*columns, strict=True))
+
+
 def leaves(tree: Tree) -> list[Any]:
     """All leaves, in insertion order of the dicts."""
     return tree_flatten(tree)[0]

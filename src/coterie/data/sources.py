@@ -152,9 +152,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def __init__(self, schemes: Sequence[str]) -> None:
         self.schemes = schemes
 
-    def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
-    ) -> Any:
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if newurl.partition("://")[0] not in self.schemes:
             raise urllib.error.URLError(f"redirected to {newurl}, which is not https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
