@@ -35,18 +35,24 @@ Rows = list[list[str]]
 
 
 def kinds(table: Mapping[str, Callable[..., Any]], provided: Collection[str] = ()) -> str:
-    """One row a kind: its name, the first line of its docstring, its keys."""
-    rows = [
-        [f"`{part.kind}`", escaped(part.summary), "<br>".join(map(key, part.settings))]
-        for part in describe(table, provided)
-    ]
+    """One row a function: the kinds it has, the first line of its docstring, its keys."""
+    rows: Rows = []
+    for part in describe(table, provided):
+        said = [escaped(part.summary), "<br>".join(map(key, part.settings))]
+        if rows and rows[-1][1:] == said:
+            rows[-1][0] += f", `{part.kind}`"
+        else:
+            rows.append([f"`{part.kind}`", *said])
     return markdown(["kind", "what it is", "keys"], rows)
 
 
 def keys(function: Callable[..., Any], provided: Collection[str] = ()) -> str:
     """One row a key: its name, its type, its default."""
     (part,) = describe({"": function}, provided)
-    rows = [[f"`{each.name}`", escaped(each.type), default(each)] for each in part.settings]
+    rows = [
+        [f"`{each.name}`", escaped(each.type), "required" if each.required else f"`{default(each)}`"]
+        for each in part.settings
+    ]
     return markdown(["key", "type", "default"], rows)
 
 
@@ -79,6 +85,7 @@ def config() -> str:
 def commands() -> str:
     """A section for each command: its help, its arguments and its options."""
     found: list[str] = []
+    columns = ["argument or option", "what it does"]
 
     def walk(command: Any, name: str) -> None:
         if hasattr(command, "commands"):
@@ -96,7 +103,7 @@ def commands() -> str:
                 value = parameter.metavar or ("" if parameter.is_flag else "PATH")
                 rows.append([f"`{', '.join(parameter.opts)} {value}".rstrip() + "`", escaped(parameter.help)])
         usage = " ".join([name, *arguments, "[OPTIONS]"])
-        found.append(f"## `{name}`\n\n{command.help}\n\n```text\n{usage}\n```\n\n{markdown(['', ''], rows)}")
+        found.append(f"## `{name}`\n\n{command.help}\n\n```text\n{usage}\n```\n\n{markdown(columns, rows)}")
 
     walk(typer.main.get_command(app), "coterie")
     return "\n\n".join(found)
@@ -197,19 +204,14 @@ def key(setting: Setting) -> str:
     """A key with its type, or with its default."""
     if setting.required:
         return f"`{setting.name}`: {escaped(setting.type)}"
-    return f"`{setting.name}` = {default(setting)}"
+    return f"`{setting.name} = {default(setting)}`"
 
 
 def default(setting: Setting) -> str:
     """A default as TOML would write it."""
-    value = setting.default
-    if setting.required:
-        return "required"
-    if value is None:
-        return "`none`"
-    if callable(value):  # the discounts of staleness are functions
-        return '`{ kind = "polynomial" }`'
-    return f"`{json.dumps(value)}`"
+    if callable(setting.default):  # the discounts of staleness are functions
+        return '{ kind = "polynomial" }'
+    return "none" if setting.default is None else json.dumps(setting.default)
 
 
 def cited(text: str) -> str:

@@ -86,6 +86,7 @@ def test_the_good_config_is_good(coterie):
         (["schedule.cohort=0"], "schedule.cohort = 0", ""),
         (["schedule.quorum=4"], "schedule.quorum = 4: there are only 3", "use at most 3"),
         (["schedule.rounds=0"], "schedule.rounds = 0", ""),
+        (["schedule={kind='hierarchical', rounds=2, cohort='ten'}"], "schedule.cohort = 'ten'", "a number"),
         (["schedule={kind='hierarchical', rounds=2, cohort=3, groups=7}"], "schedule.groups = 7", ""),
         (["system.drop_out=1.0"], "system.drop_out = 1.0", ""),
         (["run.device=cuda:9"], "run.device = 'cuda:9'", "cpu"),

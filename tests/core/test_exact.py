@@ -59,7 +59,9 @@ def test_bits_do_not_depend_on_order_or_nesting():
 def test_the_exact_value_itself_does_not_depend_on_order_or_nesting():
     """Down to the last bit of the limbs, which the rounding of a float32 mean would hide."""
     ups, weights = updates(40)
-    ups = [up["w"].double() / 3 * 10.0 ** -(4 * (i % 3)) for i, up in enumerate(ups)]  # bits far below the grid
+    ups = [
+        up["w"].double() / 3 * 10.0 ** -(4 * (i % 3)) for i, up in enumerate(ups)
+    ]  # bits far below the grid
     values = set()
     for trial in range(40):
         draw = random.Random(trial)

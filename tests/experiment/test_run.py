@@ -97,7 +97,9 @@ def test_the_centralised_baseline_is_plain_sgd(finished):
     net.load_state_dict(dict(zip(net.state_dict(), parts.initial["params"].values(), strict=True)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     key = ct.derive(2, "baseline", "centralised")
-    for rows in list(baselines.batches(len(data[1]), epochs=1, batch_size=30, key=ct.derive(key, "batches")))[:7]:
+    for rows in list(baselines.batches(len(data[1]), epochs=1, batch_size=30, key=ct.derive(key, "batches")))[
+        :7
+    ]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(data[0][rows]), data[1][rows]).backward()
         optimizer.step()
@@ -119,9 +121,23 @@ def test_tensorboard_reads_the_events(finished):
     "change",
     [
         {},
-        {"algorithm": {"kind": "fedadam", "client": {"lr": 0.1, "batch_size": "none"}, "server": {"lr": 0.1}}},
+        {
+            "algorithm": {
+                "kind": "fedadam",
+                "client": {"lr": 0.1, "batch_size": "none"},
+                "server": {"lr": 0.1},
+            }
+        },
         {"algorithm": {"kind": "fedsgd", "server": {"lr": 0.2, "momentum": 0.9}}},
-        {"schedule": {"kind": "buffered", "rounds": 2, "concurrency": 2, "buffer": 2, "staleness": {"kind": "hinge"}}},
+        {
+            "schedule": {
+                "kind": "buffered",
+                "rounds": 2,
+                "concurrency": 2,
+                "buffer": 2,
+                "staleness": {"kind": "hinge"},
+            }
+        },
     ],
 )
 def test_the_resolved_config_is_the_same_experiment(change, tmp_path):
@@ -146,7 +162,9 @@ def test_objects_instead_of_kinds(tmp_path):
 
 def test_a_regression_run(tmp_path):
     x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
-    data = ct.from_torch(torch.utils.data.TensorDataset(x, x @ torch.tensor([1.0, -2.0, 0.5, 3.0])), name="line")
+    data = ct.from_torch(
+        torch.utils.data.TensorDataset(x, x @ torch.tensor([1.0, -2.0, 0.5, 3.0])), name="line"
+    )
     config = {**TOY, "data": {"partition": {"kind": "iid", "clients": 3}, "holdout": 0.2}}
     result = ct.run(config, model=nn.Linear(4, 1), dataset=data, out=tmp_path / "r")
     assert set(result.final) == {"loss"}

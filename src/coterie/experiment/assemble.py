@@ -211,7 +211,7 @@ def _local(client: dict[str, Any]) -> Local:
     options, steps = parts.split(
         [make, Local], client, "algorithm.client", ("optimizer",), label=f"a client with {name}"
     )
-    lr = options.pop("lr")
+    lr = options.pop("lr", Local().lr)
     make(lr, **options)  # refuses bad values now
     return parts.call(Local, {**steps, "lr": lr}, "algorithm.client", {"optimizer": partial(make, **options)})  # type: ignore[no-any-return]
 

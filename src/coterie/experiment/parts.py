@@ -17,6 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from datetime import date, time
 from pathlib import Path
 from types import MappingProxyType
@@ -328,10 +329,15 @@ def _takes_anything(function: Maker) -> bool:
 
 
 def _signature(function: Maker) -> inspect.Signature:
+    plain = inspect.signature(function)
     try:
+        if is_dataclass(function):  # a field's annotation is written in the module of the class that has it
+            hints = typing.get_type_hints(function)
+            named = [each.replace(annotation=hints.get(name, Any)) for name, each in plain.parameters.items()]
+            return plain.replace(parameters=named)
         return inspect.signature(function, eval_str=True)
     except NameError:  # a name imported for type checkers only: its parameters stay unchecked
-        return inspect.signature(function)
+        return plain
 
 
 def _unchecked(annotation: Any) -> bool:

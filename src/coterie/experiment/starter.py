@@ -36,7 +36,7 @@ cohort = 10                         # how many of the clients train in a round
 
 [backend]
 kind = "inprocess"                  # simulate every client in this process
-trainer = "auto"                    # train clients side by side where the model allows, else in turn
+trainer = "auto"                    # "loop": one client after the other; "custom": your own fit
 
 [run]
 evaluate_every = 1                  # rounds between evaluations of the global model
