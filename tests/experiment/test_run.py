@@ -9,6 +9,7 @@ from torch import nn
 
 import coterie as ct
 from coterie.core import trees
+from coterie.data import batches
 from coterie.experiment import assemble, baselines
 from coterie.experiment.assemble import resolved
 
@@ -97,9 +98,7 @@ def test_the_centralised_baseline_is_plain_sgd(finished):
     net.load_state_dict(dict(zip(net.state_dict(), parts.initial["params"].values(), strict=True)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     key = ct.derive(2, "baseline", "centralised")
-    for rows in list(baselines.batches(len(data[1]), epochs=1, batch_size=30, key=ct.derive(key, "batches")))[
-        :7
-    ]:
+    for rows in list(batches(len(data[1]), epochs=1, batch_size=30, key=ct.derive(key, "batches")))[:7]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(data[0][rows]), data[1][rows]).backward()
         optimizer.step()

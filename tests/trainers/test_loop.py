@@ -241,3 +241,19 @@ def test_measures_in_evaluation_mode_over_all_rows():
         assert measured == pytest.approx(
             {"loss": np.mean(losses), "count": 31.0, "accuracy": hits.mean()}, abs=1e-12
         )
+
+
+@pytest.mark.parametrize("count", [7, 11, 21])
+@pytest.mark.parametrize("steps", [None, 1, 2, 5])
+def test_a_single_last_row_joins_the_batch_before_and_nothing_is_lost(count, steps):
+    """BatchNorm refuses a batch of one row; the rows of an epoch stay the same."""
+    config = {"epochs": 3, "batch_size": 10, "steps": steps}
+    drawn = [rows.tolist() for rows in rows_of(count, config, KEY, least=2)]
+    assert min(map(len, drawn)) >= 2
+    if steps is not None:
+        assert len(drawn) == steps
+    else:
+        assert sorted(row for rows in drawn for row in rows) == sorted(3 * list(range(count)))
+    plain = [rows.tolist() for rows in rows_of(count, config, KEY)]
+    if count == 7:
+        assert drawn == plain

@@ -16,7 +16,19 @@ from coterie.core.errors import (
     QuorumLost,
     RunError,
 )
-from coterie.core.gather import Fold, Gathered, OnNan, ask, awaits, empty, fold_task, gather, interleave, take
+from coterie.core.gather import (
+    Fold,
+    Gathered,
+    OnNan,
+    ask,
+    awaits,
+    empty,
+    fold_task,
+    gather,
+    interleave,
+    lose,
+    take,
+)
 from coterie.core.seeds import Key, derive, rng, seeded, uniform
 from coterie.core.types import (
     Action,
@@ -44,5 +56,5 @@ __all__ = [
     "ConfigError", "CoterieError", "DataError", "Event", "Fold", "Gathered", "Interrupted", "Key",
     "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost", "Reply", "RunError",
     "Schedule", "Task", "Tick", "Timer", "Tree", "ask", "awaits", "derive", "drive", "empty",
-    "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take", "uniform",
+    "fold_task", "gather", "interleave", "lose", "rng", "run_sync", "seeded", "take", "uniform",
 ]  # fmt: skip

@@ -7,12 +7,12 @@ have answered, enough have, or the deadline has passed. Nobody waits for the res
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
-from coterie.core import trees
+from coterie.core import exact, trees
 from coterie.core.errors import NonFinite
 from coterie.core.types import (
     Action,
@@ -36,9 +36,10 @@ class Fold(NamedTuple):
 
     acc: Tree  # the aggregator's accumulator
     metrics: dict[str, tuple[Fraction, Fraction]]  # name -> exact (sum of weight * value, sum of weights)
+    replies: int
     samples: int  # seen in training
     bytes_up: int
-    lost: int
+    lost: tuple[str, ...]  # why each of those who are not here is lost
 
 
 @dataclass
@@ -47,7 +48,6 @@ class Gathered:
 
     fold: Fold
     accepted: dict[ClientId, int] = field(default_factory=dict)
-    reasons: list[str] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Weighted means of what the clients measured while training."""
@@ -60,7 +60,7 @@ class Gathered:
 
 def empty(aggregator: Aggregator) -> Fold:
     """The fold of nothing."""
-    return Fold(aggregator.init(), {}, 0, 0, 0)
+    return Fold(aggregator.init(), {}, 0, 0, 0, ())
 
 
 def take(fold: Fold, aggregator: Aggregator, reply: Reply, scale: float = 1.0) -> Fold:
@@ -68,23 +68,33 @@ def take(fold: Fold, aggregator: Aggregator, reply: Reply, scale: float = 1.0) -
     if reply.task.kind == "fold":  # a relay's; it may hold nothing, when all of its clients were lost
         return merge(fold, aggregator, Fold(*reply.up))
     client, weight = reply.task.client, reply.weight * scale
+    who = f"client {client}, version {reply.task.version}"
+    if not (math.isfinite(weight) and weight >= 0):
+        raise NonFinite(f"{who}: its weight is {weight}", "weights must be finite and >= 0")
     for name, value in reply.metrics.items():
         if not math.isfinite(value):
-            raise NonFinite(f"client {client}, version {reply.task.version}: {name} is {value}")
+            raise NonFinite(f"{who}: {name} is {value}")
     try:
-        trees.check_finite(reply.up)  # all of it, before any part of it is added
+        # all of it, before any part of it is added; what alone exceeds the range of exact sums has diverged
+        trees.check_finite(reply.up, below=exact.LIMIT / max(weight, 1.0))
     except NonFinite as error:
-        raise NonFinite(f"client {client}, version {reply.task.version}: {error.args[0]}") from None
+        raise NonFinite(f"{who}: {error.args[0]}") from None
     acc = aggregator.add(fold.acc, reply.up, weight)
-    exact = Fraction(weight)
-    metrics = {name: (Fraction(value) * exact, exact) for name, value in reply.metrics.items()}
+    share = Fraction(weight)
+    metrics = {name: (Fraction(value) * share, share) for name, value in reply.metrics.items()}
     return Fold(
         acc,
         _joined(fold.metrics, metrics),
+        fold.replies + 1,
         fold.samples + reply.samples,
         fold.bytes_up + trees.nbytes(reply.up),
         fold.lost,
     )
+
+
+def lose(fold: Fold, *reasons: str) -> Fold:
+    """Count some as lost."""
+    return fold._replace(lost=(*fold.lost, *reasons))
 
 
 def merge(left: Fold, aggregator: Aggregator, right: Fold) -> Fold:
@@ -92,6 +102,7 @@ def merge(left: Fold, aggregator: Aggregator, right: Fold) -> Fold:
     return Fold(
         aggregator.merge(left.acc, right.acc),
         _joined(left.metrics, right.metrics),
+        left.replies + right.replies,
         left.samples + right.samples,
         left.bytes_up + right.bytes_up,
         left.lost + right.lost,
@@ -123,20 +134,21 @@ def gather(
         actions = []
         if isinstance(event, Tick):
             if event.id == timer:
-                _lose(got, (f"{task.client}: no reply after {deadline} s" for task in waiting.values()))
+                late = [f"{task.client}: no reply after {deadline} s" for task in waiting.values()]
+                got.fold = lose(got.fold, *late)
                 break
             continue
         if waiting.pop(event.task.id, None) is None:
             continue
         if isinstance(event, Lost):
-            _lose(got, [f"{event.task.client}: {event.reason}"])
+            got.fold = lose(got.fold, f"{event.task.client}: {event.reason}")
             continue
         try:
             got.fold = take(got.fold, aggregator, event)
         except NonFinite as error:
             if on_nan == "stop":
                 raise
-            _lose(got, [str(error)])
+            got.fold = lose(got.fold, str(error))
             continue
         got.accepted.update(
             event.answers if event.task.kind == "fold" else [(event.task.client, event.task.id)]
@@ -219,12 +231,6 @@ def interleave(job: Callable[[Task], Generator[Sequence[Action], Any, Reply]]) -
 def awaits(actions: Sequence[Action]) -> bool:
     """Does a yield of these wait for an event? Nothing but commits and cancellations is answered at once."""
     return not actions or any(isinstance(action, Task | Timer | Reply) for action in actions)
-
-
-def _lose(got: Gathered, reasons: Iterable[str]) -> None:
-    new = list(reasons)
-    got.reasons += new
-    got.fold = got.fold._replace(lost=got.fold.lost + len(new))
 
 
 def _joined(

@@ -96,11 +96,15 @@ def extent(leaf: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def check_finite(tree: Tree) -> None:
-    """Raise NonFinite, naming the first leaf that holds NaN or infinity."""
+def check_finite(tree: Tree, *, below: float = math.inf) -> None:
+    """Raise NonFinite, naming the first leaf that holds NaN, infinity or a magnitude not below `below`."""
     for name, leaf in named_leaves(tree):
-        if leaf.is_floating_point() and leaf.numel() and not all(map(math.isfinite, extent(leaf))):
-            raise NonFinite(f"{name} holds NaN or infinity")
+        if leaf.is_floating_point() and leaf.numel():
+            low, high = extent(leaf)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise NonFinite(f"{name} holds NaN or infinity")
+            if max(-low, high) >= below:
+                raise NonFinite(f"{name} holds {max(-low, high):.3g}: it has diverged")
 
 
 def nbytes(tree: Tree) -> int:

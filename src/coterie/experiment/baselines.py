@@ -15,9 +15,8 @@ from torch import Tensor
 
 from coterie.algorithms import fedavg
 from coterie.core import Tree, derive, seeded
-from coterie.data import batches
 from coterie.experiment.assemble import Parts
-from coterie.trainers import descend
+from coterie.trainers import descend, rows_of
 
 POINTS = 50  # at most so many evaluations on a curve
 Note = Callable[[str], None]
@@ -70,9 +69,8 @@ def _train(parts: Parts, data: tuple[Tensor, Tensor], samples: int, who: str) ->
     work = fedavg(local).client_work
     config = local.config("samples")(0)
     params, carry = work.start({"model": parts.initial}, None, config)
-    rows = batches(
-        count, epochs=-(-samples // count), batch_size=local.batch_size, key=derive(key, "batches")
-    )
+    passes = {**config, "epochs": -(-samples // count), "steps": None}
+    rows = rows_of(count, passes, derive(key, "batches"), least=parts.problem.least_rows)
     seen = 0
     with seeded(derive(key, "torch")):
         for step in descend(parts.problem, work, params, carry, data, rows, key):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from coterie.core import trees
 from coterie.core.errors import ConfigError, NonFinite, QuorumLost
-from coterie.core.gather import Gathered, OnNan, empty, take
+from coterie.core.gather import Gathered, OnNan, empty, lose, take
 from coterie.core.seeds import Key, derive, rng
 from coterie.core.types import Action, Algorithm, Cancel, ClientId, Commit, Lost, Plan, Reply, Task, Tree
 from coterie.schedules.synchronous import FROM_START, share, summary
@@ -107,7 +107,7 @@ class Buffered:
                     f"version {version}: {lost_in_a_row} clients in a row were lost, the last one: {reason}",
                     "see run.log for each client's error; then mend it and go on with --resume",
                 )
-            if asked - got.fold.lost == self.buffer:
+            if got.fold.replies == self.buffer:
                 state = algorithm.finalize(state, *algorithm.aggregator.finish(got.fold.acc))
                 version, down = version + 1, algorithm.broadcast(state)
                 if algorithm.client_work.remember is not None:
@@ -142,8 +142,7 @@ class Buffered:
                     raise
                 reason = str(error)
         if reason:
-            got.reasons.append(reason)
-            got.fold = got.fold._replace(lost=got.fold.lost + 1)
+            got.fold = lose(got.fold, reason)
         else:
             got.accepted[event.task.client] = event.task.id
         return reason

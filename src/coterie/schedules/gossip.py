@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from coterie.core import exact, trees
 from coterie.core.errors import ConfigError, NonFinite, QuorumLost
-from coterie.core.gather import Gathered, OnNan, ask, empty, take
+from coterie.core.gather import Gathered, OnNan, ask, empty, lose, take
 from coterie.core.types import Aggregator, Algorithm, ClientId, Commit, Plan, Task, Tree
 from coterie.schedules.synchronous import FROM_START, summary
 
@@ -78,23 +78,27 @@ class Gossip:
                 try:
                     got.fold = take(got.fold, UNFOLDED, replies[client])
                 except KeyError:
+                    got.fold = lose(got.fold, f"{client}: no reply")
                     continue
-                except NonFinite:
+                except NonFinite as error:
                     if self.on_nan == "stop":
                         raise
+                    got.fold = lose(got.fold, str(error))
                     continue
                 ups[index] = replies[client].up
                 got.accepted[client] = replies[client].task.id
-            got.fold = got.fold._replace(lost=len(clients) - len(ups))
             if not ups:
                 raise QuorumLost(
                     f"round {round + 1}: no node finished its work", "see run.log for each node's error"
                 )
             models = [node["model"] for node in nodes]
             mixed = [{**node, "model": average([models[j] for j in near[i]])} for i, node in enumerate(nodes)]
-            nodes = [
-                algorithm.finalize(node, ups[i], 1.0, 1) if i in ups else node for i, node in enumerate(mixed)
-            ]
+            for i, up in ups.items():
+                # buffers mix as parameters do: the neighbours' mean, moved by the node's own change
+                moved = trees.subtract(up["buffers"], models[i]["buffers"])
+                buffers = trees.add(mixed[i]["model"]["buffers"], moved)
+                mixed[i] = algorithm.finalize(mixed[i], {**up, "buffers": buffers}, 1.0, 1)
+            nodes = mixed
             if algorithm.client_work.remember is not None:
                 memory.update(got.accepted)
             state = {"model": average([node["model"] for node in nodes]), "nodes": nodes}

@@ -77,7 +77,7 @@ class Synchronous:
                 raise QuorumLost(
                     f"round {round + 1}: {len(got.accepted)} of {asked} clients replied, "
                     f"the quorum is {quorum}\n"
-                    + "\n".join(f"  {reason.strip().splitlines()[0]}" for reason in got.reasons[:5]),
+                    + "\n".join(f"  {reason.strip().splitlines()[0]}" for reason in got.fold.lost[:5]),
                     "see run.log for each client's error; then mend it and go on with --resume, "
                     "or lower schedule.quorum",
                 )
@@ -135,6 +135,6 @@ def summary(got: Gathered, asked: int, down: int) -> dict[str, object]:
     return {
         **{f"train_{name}": value for name, value in got.metrics().items()},
         "samples": got.fold.samples,
-        "clients": {"asked": asked, "answered": len(got.accepted), "lost": got.fold.lost},
+        "clients": {"asked": asked, "answered": got.fold.replies, "lost": len(got.fold.lost)},
         "bytes": {"up": got.fold.bytes_up, "down": down},
     }

@@ -5,10 +5,10 @@ pure functions. Which client trains when, and what becomes of its reply, is not 
 """
 
 from coterie.trainers.custom import Context, Custom, Fit
-from coterie.trainers.loop import Loop, Step, descend, rows_of, task_key
+from coterie.trainers.loop import Loop, Step, descend, joined, rows_of, task_key
 from coterie.trainers.problem import LOSSES, Problem, TaskKind, load_into, read_from
 
 __all__ = [
-    "LOSSES", "Context", "Custom", "Fit", "Loop", "Problem", "Step", "TaskKind", "descend", "load_into",
-    "read_from", "rows_of", "task_key",
+    "LOSSES", "Context", "Custom", "Fit", "Loop", "Problem", "Step", "TaskKind", "descend", "joined",
+    "load_into", "read_from", "rows_of", "task_key",
 ]  # fmt: skip

@@ -61,10 +61,24 @@ class Custom:
         with seeded(derive(key, "torch")):
             returned = self.user(module, data, context)
         told = returned if isinstance(returned, Fit) else Fit(metrics=returned or {})
-        after = read_from(module)
+        after = _fitting(read_from(module), task.down["model"])
         _, carry = work.start(task.down, memory, task.config)
         up, memory = work.finish(after["params"], task.down, {**carry, "buffers": after["buffers"]}, 1)
         weight = weight_of(task, data) if told.weight is None else float(told.weight)
         metrics = {name: float(value) for name, value in told.metrics.items()}
         samples = len(data.train[1]) * task.config["epochs"] if told.samples is None else told.samples
         return Reply(task, up, weight, metrics, samples=samples), memory
+
+
+def _fitting(model: Tree, like: Tree) -> Tree:
+    """The model in the dtypes of `like`. Raises ValueError when the user's function changed names or shapes."""
+    for part in ("params", "buffers"):
+        for name, value in like[part].items():
+            found = model[part].get(name)
+            if found is None or found.shape != value.shape:
+                shape = None if found is None else tuple(found.shape)
+                raise ValueError(f"fit() changed the model: {name} was {tuple(value.shape)}, is {shape}")
+    return {
+        part: {name: model[part][name].to(value.dtype) for name, value in like[part].items()}
+        for part in ("params", "buffers")
+    }

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +23,30 @@ def task_key(seed: int | Key, task: Task) -> Key:
     return derive(seed, task.kind, task.round, task.client)
 
 
-def rows_of(count: int, config: Mapping[str, Any], key: Key) -> Iterator[Rows]:
-    """The index batches of a task over `count` rows: `steps` of them, or `epochs` passes."""
+def rows_of(count: int, config: Mapping[str, Any], key: Key, *, least: int = 1) -> Iterator[Rows]:
+    """The index batches of a task over `count` rows: `steps` of them, or `epochs` passes.
+
+    least: a last batch of fewer rows joins the one before (BatchNorm cannot train on a single row).
+    """
     epochs, size, steps = config["epochs"], config["batch_size"], config["steps"]
     if steps is not None:
-        epochs = -(-steps * (size or count) // count)  # at least `steps` batches; a short last one counts
-    return islice(batches(count, epochs=epochs, batch_size=size, key=key), steps)
+        epochs = -(-steps * (size or count) // count) + least - 1  # at least `steps` batches
+    least = least if count >= least else 1  # a client with a single row is left to fail
+    return islice(joined(batches(count, epochs=epochs, batch_size=size, key=key), least), steps)
+
+
+def joined(drawn: Iterator[Rows], least: int) -> Iterator[Rows]:
+    """Append every batch of fewer than `least` rows to the batch before it."""
+    held: Rows | None = None
+    for rows in drawn:
+        if held is not None and len(rows) < least:
+            held = np.concatenate([held, rows])
+            continue
+        if held is not None:
+            yield held
+        held = rows
+    if held is not None:
+        yield held
 
 
 class Step(NamedTuple):
@@ -83,7 +102,8 @@ class Loop:
             memory = work.remember(task.down)
         params, carry = work.start(task.down, memory, task.config)
         steps, seen, loss = 0, 0, torch.zeros((), dtype=torch.float64)
-        rows = rows_of(len(data.train[1]), task.config, derive(key, "batches"))
+        count, least = len(data.train[1]), self.problem.least_rows
+        rows = rows_of(count, task.config, derive(key, "batches"), least=least)
         with seeded(derive(key, "torch")):
             for step in descend(self.problem, work, params, carry, data.train, rows, key):
                 steps, seen = steps + 1, seen + step.examples

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from coterie.core import trees
 from coterie.core.errors import ConfigError
@@ -48,6 +49,8 @@ class Problem:
         self.training = copy.deepcopy(module).train()
         self.evaluation = copy.deepcopy(module).eval()
         self.per_example = LOSSES[task]
+        norms = (module for module in self.training.modules() if isinstance(module, _BatchNorm))
+        self.least_rows = 2 if any(norms) else 1  # that a training batch must have
 
     def model(self) -> Tree:
         """The module's initial {"params", "buffers"}, as fresh tensors."""
