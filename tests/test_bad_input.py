@@ -89,7 +89,6 @@ def test_the_good_config_is_good(coterie):
         (["schedule={kind='hierarchical', rounds=2, cohort='ten'}"], "schedule.cohort = 'ten'", "a number"),
         (["schedule={kind='hierarchical', rounds=2, cohort=3, groups=7}"], "schedule.groups = 7", ""),
         (["system.drop_out=1.0"], "system.drop_out = 1.0", ""),
-        (["run.device=cuda:9"], "run.device = 'cuda:9'", "cpu"),
         (["algorithm.kind=fedasync"], "fedasync", "asynchronous"),
         (["algorithm.kind=fedprox", "algorithm.mu=-1"], "mu must be >= 0", ""),
         (["algorithm.kind=dpsgd"], "dpsgd has no server", "gossip"),

@@ -74,7 +74,6 @@ def test_a_file_and_a_dict_give_the_same_config_with_defaults_filled_in(tmp_path
         "keep_checkpoints": 2,
         "tensorboard": False,
         "on_nan": "stop",
-        "device": "cpu",
         "threads": 1,
     }
 
@@ -196,7 +195,7 @@ def test_syntax_errors_name_file_line_and_column(tmp_path: Path, text: str, line
         ("model.wide=true", ["model", "wide"], True),
         ("model.sizes=[1, 2]", ["model", "sizes"], [1, 2]),
         ("data.partition={kind='iid', clients=3}", ["data", "partition"], {"kind": "iid", "clients": 3}),
-        ("run.device=cuda:0", ["run", "device"], "cuda:0"),
+        ("algorithm.kind=fed:avg", ["algorithm", "kind"], "fed:avg"),
         ("system.duration.kind=constant", ["system", "duration", "kind"], "constant"),
         ("model.note=1\nx=2", ["model", "note"], "1\nx=2"),
         ("model.empty=", ["model", "empty"], ""),

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from coterie.aggregators import krum, mean
@@ -72,10 +71,9 @@ def assemble(
     Raises ConfigError or DataError.
     """
     _refuse_unbuilt(config)
-    device = _device(config.run["device"])
     dataset = dataset or load_dataset(config, data_dir)
     population = load_population(config, dataset)
-    problem, initial = _problem(config, dataset, model, device)
+    problem, initial = _problem(config, dataset, model)
     local, algorithm = _algorithm(config, len(population.clients))
     schedule = _schedule(config, population)
     trainer, note = _trainer(config, problem, fit)
@@ -156,9 +154,7 @@ def resolved(config: Config) -> dict[str, Any]:
     return out
 
 
-def _problem(
-    config: Config, dataset: Dataset, model: nn.Module | None, device: torch.device
-) -> tuple[Problem, Any]:
+def _problem(config: Config, dataset: Dataset, model: nn.Module | None) -> tuple[Problem, Any]:
     if model is None:
         shape = {
             "input_shape": dataset.input_shape,
@@ -172,7 +168,7 @@ def _problem(
                 model = parts.call(make, options, "model", given, kind)
             else:
                 model = parts.build(MODELS, config.model, "model", shape)
-    problem = Problem(model.to(device), dataset.task)
+    problem = Problem(model, dataset.task)
     return problem, problem.model()
 
 
@@ -265,15 +261,6 @@ def _test(population: Population) -> tuple[Tensor, Tensor]:
             "set data.holdout = 0.1, or give the data set a test part",
         )
     return test
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"run.device = {name!r}: {str(error).splitlines()[0]}", 'use "cpu"') from None
-    return device
 
 
 def _refuse_unbuilt(config: Config) -> None:

@@ -84,7 +84,6 @@ def run_settings(
     keep_checkpoints: int = 2,
     tensorboard: bool = False,
     on_nan: Literal["stop", "drop"] = "stop",
-    device: str = "cpu",
     threads: int = 1,
 ) -> Section:
     """What `[run]` takes: how often to evaluate and to save (in rounds), and on what to compute.

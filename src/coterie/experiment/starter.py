@@ -41,7 +41,7 @@ trainer = "auto"                    # "loop": one client after the other; "custo
 [run]
 evaluate_every = 1                  # rounds between evaluations of the global model
 checkpoint_every = 5                # rounds between checkpoints; `coterie run ... --resume` goes on from one
-device = "cpu"                      # or "cuda"
+threads = 1                         # of the processor; another number may give other last bits
 """
 
 MODEL = '''\

@@ -71,13 +71,13 @@ class Custom:
 
 
 def _fitting(model: Tree, like: Tree) -> Tree:
-    """The model in the dtypes of `like`. Raises ValueError when the user's function changed names or shapes."""
+    """The model in the dtypes of `like`. Raises ValueError when the user's function changed a shape."""
     for part in ("params", "buffers"):
         for name, value in like[part].items():
             found = model[part].get(name)
             if found is None or found.shape != value.shape:
                 shape = None if found is None else tuple(found.shape)
-                raise ValueError(f"fit() changed the model: {name} was {tuple(value.shape)}, is {shape}")
+                raise ValueError(f"fit() changed {name}: it was {tuple(value.shape)}, now {shape}")
     return {
         part: {name: model[part][name].to(value.dtype) for name, value in like[part].items()}
         for part in ("params", "buffers")
