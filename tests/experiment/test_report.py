@@ -1,7 +1,9 @@
 """Plots and reports: what is drawn is what the folder says, and nothing in a folder can act on the page."""
 
+import errno
 import json
 import math
+import os
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.core.errors import DataError
+from coterie.core.errors import DataError, RunError
 from coterie.experiment import plots, report, theme
 
 HOSTILE = """<script>alert('x')</script><img src="http://evil.example/x.png" onerror=alert(1)>&amp;"""
@@ -197,16 +199,15 @@ def test_a_crash_while_writing_leaves_the_old_report(make_run, tmp_path, monkeyp
     path = report.write(folder)
     before = path.read_bytes()
     change(folder, "result", name="other")
-    whole = Path.write_text
 
-    def crash(self, text, **options):
-        whole(self, text[:100], **options)
-        raise OSError("disk full")
+    def crash(descriptor):
+        raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr(Path, "write_text", crash)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(RunError, match="disk full"):
         report.write(folder)
     assert path.read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_compare(make_run, tmp_path):

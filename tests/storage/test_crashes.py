@@ -82,7 +82,8 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
             reached.append(check(copy))
             shutil.rmtree(copy)
         assert reached == sorted(reached)
-        assert len(set(reached)) > 20  # the kills did fall into different commits
+        # the kills did fall into different commits; how many a slow machine gets to is chance
+        assert len(set(reached)) > 10
         last = reached[-1] + 5
         assert tell(f"until {last}") == 0
         process.stdin.close()
