@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -40,8 +42,8 @@ class Problem:
     """A model and a loss. It keeps private copies of the module, one in training and one in evaluation mode.
 
     Neither copy's own parameters are ever used: every call names its params and buffers, so nothing leaks
-    from one client to the next. Threads must not share a Problem (law 8): `functional_call` swaps the
-    module's tensors while it runs.
+    from one client to the next. Threads must not share a Problem (law 8), because `functional_call` swaps
+    the module's tensors while it runs: a second thread gets a RuntimeError.
     """
 
     def __init__(self, module: nn.Module, task: TaskKind = "classification") -> None:
@@ -50,6 +52,7 @@ class Problem:
         self.evaluation = copy.deepcopy(module).eval()
         self.per_example = LOSSES[task]
         norms = (module for module in self.training.modules() if isinstance(module, _BatchNorm))
+        self._busy = threading.Lock()
         self.least_rows = 2 if any(norms) else 1  # that a training batch must have
 
     def model(self) -> Tree:
@@ -60,7 +63,8 @@ class Problem:
         """Per-example losses [B] in training mode, and the buffers after the pass (BatchNorm)."""
         inputs, targets = batch
         after = {name: value.clone() for name, value in buffers.items()}  # modules update buffers in place
-        outputs = functional_call(self.training, (dict(params), after), (inputs,))
+        with self._alone():
+            outputs = functional_call(self.training, (dict(params), after), (inputs,))
         return self.per_example(outputs, targets), after
 
     def measure(
@@ -71,7 +75,7 @@ class Problem:
         Sums are taken in float64 over fixed batches, so the result depends on the data alone.
         """
         total, correct = 0.0, 0.0
-        with torch.no_grad():
+        with torch.no_grad(), self._alone():
             for start in range(0, len(targets), batch_size):
                 part = targets[start : start + batch_size]
                 outputs = functional_call(
@@ -114,6 +118,15 @@ class Problem:
                 f"the model's output is {found}; the targets are {tuple(targets.shape)}",
                 "a regression model gives one number for each target",
             )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("two threads use one Problem at the same time; give each thread its own")
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def parameters(self) -> int:
         """How many trainable numbers the model has."""
