@@ -164,8 +164,11 @@ class Session:
 
     def _check_stop(self) -> None:
         if self.stop():
+            where = f"in round {self.version + 1} of {self.rounds}"
+            if self.version >= self.rounds:
+                where = "after the last round, before all was compared"
             raise Interrupted(
-                f"stopped in round {self.version + 1} of {self.rounds}; round {self.version} is kept",
+                f"stopped {where}; round {self.version} is kept",
                 f"go on with --out {self.folder.path} --resume",
             )
 
