@@ -133,12 +133,24 @@ def test_a_folder_in_use_is_left_alone(coterie, tmp_path):
     assert "--resume or another folder" in said
 
 
-def test_nothing_to_resume(coterie, tmp_path):
-    code, said, _ = coterie(more=["--resume"])
-    assert (code, "no such folder" in said) == (2, True)
+def test_what_is_no_run_is_not_resumed(coterie, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
     code, said, _ = coterie(more=["--resume"])
     assert (code, "not a run folder" in said) == (2, True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("left", [[], ["lock", "run.log", ".config.toml.1a2b.tmp"]])
+def test_resuming_a_run_that_was_killed_before_it_began_starts_it(coterie, tmp_path, left):
+    if left:
+        (tmp_path / "out").mkdir()
+        for name in left:
+            (tmp_path / "out" / name).touch()
+    code, said, out = coterie(more=["--resume"])
+    assert code == 0, said
+    assert json.loads((out / "result.json").read_text())["status"] == "finished"
+    assert not list(out.glob(".*.tmp"))
 
 
 def test_a_model_whose_output_does_not_fit(coterie, tmp_path):

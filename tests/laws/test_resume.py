@@ -143,19 +143,22 @@ def test_sigkill(kind, experiment, tmp_path):
     config.write_text(to_toml(experiment(kind, schedule=rounds)))
     subprocess.run(command(config, tmp_path / "whole"), check=True, capture_output=True)
     whole = json.loads((tmp_path / "whole" / "result.json").read_text())["model_digest"]
-    draw, kills, resume = random.Random(5), 0, []
+    draw, kills = random.Random(5), 0
     while True:
         with subprocess.Popen(
-            command(config, tmp_path / "r", *resume), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            command(config, tmp_path / "r", "--resume"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as process:
-            process.stdout.readline()  # it is past its start: a round is done
-            if kills < 3:
+            if kills == 0:  # at its start, before or after there is anything
+                time.sleep(draw.uniform(0.5, 3))
+            else:
+                process.stdout.readline()  # a round is done
                 time.sleep(draw.uniform(0, 0.25))
+            if kills < 3:
                 process.send_signal(signal.SIGKILL)
             process.stdout.read()
         if process.returncode == 0:
             break
-        kills, resume = kills + 1, ["--resume"]
+        kills += 1
     assert kills == 3
     ended = json.loads((tmp_path / "r" / "result.json").read_text())
     assert (ended["status"], ended["model_digest"]) == ("finished", whole)

@@ -65,7 +65,8 @@ def run(
     """Run an experiment to its end and return its result; everything is written to a run folder.
 
     config: a Config, a dict with the same names, or the path of a TOML file. out: the run folder (None:
-    runs/<name>-<n>). resume: go on from the last checkpoint of `out`, or of the newest run of that name.
+    runs/<name>-<n>). resume: go on from the last checkpoint of `out`, or of the newest run of that name; a
+    run that was killed before it had begun, or never started, starts.
     watch: called with Progress at every client and round. stop: asked after every client; True interrupts.
     model, dataset, fit: objects to use instead of what the config names.
     Raises ConfigError or DataError before anything is written, RunError when the run fails, Interrupted.
@@ -78,10 +79,10 @@ def run(
     folder_out, folder_data = (Path(path) if path is not None else None for path in (out, data_dir))
     with _threads(config.run["threads"]):
         parts = assemble(config, data_dir=folder_data, **parts_of)  # type: ignore[arg-type]
-        folder = _reopen(config, folder_out) if resume else RunFolder.create(None, config.name, folder_out)
+        folder = _reopen(config, folder_out) if resume else None
+        folder = folder or RunFolder.create(None, config.name, folder_out)
         with folder.lock(), _logged(folder.log):
-            if not resume:
-                folder.write_config(resolved(config))
+            folder.write_config(resolved(config))
             session = Session(parts, folder, watch or (lambda progress: None), stop or (lambda: False))
             return run_sync(session.run)
 
@@ -339,15 +340,12 @@ def _clients(
     }
 
 
-def _reopen(config: Config, out: Path | None) -> RunFolder:
-    """The folder to resume; its config must be this one's, but for what may change."""
-    folder = RunFolder.open(out) if out is not None else RunFolder.latest(None, config.name)
+def _reopen(config: Config, out: Path | None) -> RunFolder | None:
+    """The folder to resume, or None when no such run has begun. Its config must be this one's, nearly."""
+    folder = RunFolder.latest(None, config.name) if out is None else RunFolder.begun(out)
     if folder is None:
-        raise ConfigError(
-            f"--resume: there is no run named {config.name!r} in runs/", "name its folder with --out"
-        )
-    settings = resolved(config)
-    was, now = _fixed(folder.config()), _fixed(settings)
+        return None
+    was, now = _fixed(folder.config()), _fixed(resolved(config))
     if was != now:
         section = next(name for name in {**was, **now} if was.get(name) != now.get(name))
         raise ConfigError(
@@ -356,7 +354,6 @@ def _reopen(config: Config, out: Path | None) -> RunFolder:
             f"resume with the run's own config, {folder.path / 'config.toml'}; [run], compare and "
             f"schedule.{', schedule.'.join(FREE_ON_RESUME)} may differ",
         )
-    folder.write_config(settings)
     return folder
 
 

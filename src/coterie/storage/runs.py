@@ -42,7 +42,7 @@ class RunFolder:
         Raises ConfigError when `name` is no plain file name or `out` is in use, RunError when the disk fails.
         """
         if out is not None:
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if out.exists() and (not out.is_dir() or not _unused(out)):
                 raise ConfigError(f"--out {out}: not an empty folder", "--resume or another folder")
             make_folder(out)
             return cls(out)
@@ -75,6 +75,14 @@ class RunFolder:
                 f"{path}: not a run folder, config.toml is missing", "give a folder runs/NAME-N"
             )
         return cls(path)
+
+    @classmethod
+    def begun(cls, path: Path) -> Self | None:
+        """The run folder at `path`; None when there is nothing, or a run was killed before it had a config.
+
+        Raises ConfigError when something else is there.
+        """
+        return None if not path.exists() or (path.is_dir() and _unused(path)) else cls.open(path)
 
     @classmethod
     def latest(cls, base: Path | None, name: str) -> Self | None:
@@ -201,6 +209,11 @@ class RunFolder:
             return json.loads(path.read_bytes()) if path.exists() else None
         except ValueError as error:
             raise RunError(f"{path} is damaged: {error}", "restore the file") from error
+
+
+def _unused(folder: Path) -> bool:
+    """Is there nothing in the folder but what a run leaves that was killed at its very start?"""
+    return all(path.name in ("lock", "run.log") or path.suffix == ".tmp" for path in folder.iterdir())
 
 
 def _numbered(base: Path, name: str) -> list[int]:
