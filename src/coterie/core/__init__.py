@@ -20,13 +20,13 @@ from coterie.core.gather import (
     Fold,
     Gathered,
     OnNan,
+    accept,
     ask,
     awaits,
     empty,
     fold_task,
     gather,
     interleave,
-    lose,
     take,
 )
 from coterie.core.seeds import Key, derive, rng, seeded, uniform
@@ -55,6 +55,6 @@ __all__ = [
     "Action", "Aggregator", "Algorithm", "Backend", "Cancel", "ClientId", "ClientWork", "Commit",
     "ConfigError", "CoterieError", "DataError", "Event", "Fold", "Gathered", "Interrupted", "Key",
     "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost", "Reply", "RunError",
-    "Schedule", "Task", "Tick", "Timer", "Tree", "ask", "awaits", "derive", "drive", "empty",
-    "fold_task", "gather", "interleave", "lose", "rng", "run_sync", "seeded", "take", "uniform",
+    "Schedule", "Task", "Tick", "Timer", "Tree", "accept", "ask", "awaits", "derive", "drive", "empty",
+    "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take", "uniform",
 ]  # fmt: skip

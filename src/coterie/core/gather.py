@@ -97,6 +97,30 @@ def lose(fold: Fold, *reasons: str) -> Fold:
     return fold._replace(lost=(*fold.lost, *reasons))
 
 
+def accept(
+    got: Gathered, aggregator: Aggregator, event: Reply | Lost, on_nan: OnNan, scale: float = 1.0
+) -> str:
+    """Fold what came back in, or count it as lost; return why it is lost, or "".
+
+    Raises NonFinite when on_nan is "stop" and the update, its weight or a metric is not finite.
+    """
+    task = event.task
+    if isinstance(event, Lost):
+        reason = f"{task.client}: {event.reason}"
+    else:
+        try:
+            got.fold = take(got.fold, aggregator, event, scale)
+        except NonFinite as error:
+            if on_nan == "stop":
+                raise
+            reason = str(error)
+        else:
+            got.accepted.update(event.answers if task.kind == "fold" else [(task.client, task.id)])
+            return ""
+    got.fold = lose(got.fold, reason)
+    return reason
+
+
 def merge(left: Fold, aggregator: Aggregator, right: Fold) -> Fold:
     """The fold of all that either holds."""
     return Fold(
@@ -140,19 +164,7 @@ def gather(
             continue
         if waiting.pop(event.task.id, None) is None:
             continue
-        if isinstance(event, Lost):
-            got.fold = lose(got.fold, f"{event.task.client}: {event.reason}")
-            continue
-        try:
-            got.fold = take(got.fold, aggregator, event)
-        except NonFinite as error:
-            if on_nan == "stop":
-                raise
-            got.fold = lose(got.fold, str(error))
-            continue
-        got.accepted.update(
-            event.answers if event.task.kind == "fold" else [(event.task.client, event.task.id)]
-        )
+        accept(got, aggregator, event, on_nan)
     rest = [Cancel(task) for task in waiting]
     if deadline is not None:
         rest.append(Cancel(timer))

@@ -74,22 +74,6 @@ def zeros_like(tree: Tree) -> Tree:
     return map_tree(torch.zeros_like, tree)
 
 
-def dot(left: Tree, right: Tree) -> Tensor:
-    """The inner product over all leaves, a float64 scalar tensor."""
-    products = leaves(map_tree(lambda a, b: torch.sum(a.double() * b.double()), left, right))
-    return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
-
-
-def norm(tree: Tree) -> Tensor:
-    """The Euclidean norm over all leaves together, a float64 scalar tensor."""
-    return torch.sqrt(dot(tree, tree))
-
-
-def detach(tree: Tree) -> Tree:
-    """Cut every leaf from its autograd graph."""
-    return map_tree(lambda leaf: leaf.detach(), tree)
-
-
 def extent(leaf: Tensor) -> tuple[float, float]:
     """Smallest and largest element of a non-empty tensor; NaN when it holds one."""
     low, high = torch.aminmax(leaf.detach())

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from coterie.core import trees
-from coterie.core.errors import ConfigError, NonFinite, QuorumLost
-from coterie.core.gather import Gathered, OnNan, empty, lose, take
+from coterie.core.errors import ConfigError, QuorumLost
+from coterie.core.gather import Gathered, OnNan, accept, empty
 from coterie.core.seeds import Key, derive, rng
 from coterie.core.types import Action, Algorithm, Cancel, ClientId, Commit, Lost, Plan, Reply, Task, Tree
 from coterie.schedules.synchronous import FROM_START, share, summary
@@ -129,23 +129,9 @@ class Buffered:
     def _fold(self, algorithm: Algorithm, got: Gathered, event: Reply | Lost, version: int) -> str:
         """Fold a reply in, or say why it is lost."""
         age = version - event.task.version
-        reason = ""
-        if isinstance(event, Lost):
-            reason = f"{event.task.client}: {event.reason}"
-        elif self.max_staleness is not None and age > self.max_staleness:
-            reason = f"{event.task.client}: {age} versions old"
-        else:
-            try:
-                got.fold = take(got.fold, algorithm.aggregator, event, self.staleness(age))
-            except NonFinite as error:
-                if self.on_nan == "stop":
-                    raise
-                reason = str(error)
-        if reason:
-            got.fold = lose(got.fold, reason)
-        else:
-            got.accepted[event.task.client] = event.task.id
-        return reason
+        if isinstance(event, Reply) and self.max_staleness is not None and age > self.max_staleness:
+            event = Lost(event.task, f"{age} versions old")
+        return accept(got, algorithm.aggregator, event, self.on_nan, self.staleness(age))
 
     def _idle(self, clients: Sequence[ClientId], busy: Mapping[ClientId, Any], id: int) -> ClientId:
         """A uniformly drawn client that is not at work; cost does not grow with the population."""

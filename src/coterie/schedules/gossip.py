@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from coterie.core import exact, trees
-from coterie.core.errors import ConfigError, NonFinite, QuorumLost
-from coterie.core.gather import Gathered, OnNan, ask, empty, lose, take
-from coterie.core.types import Aggregator, Algorithm, ClientId, Commit, Plan, Task, Tree
+from coterie.core.errors import ConfigError, QuorumLost
+from coterie.core.gather import Gathered, OnNan, accept, ask, empty
+from coterie.core.types import Aggregator, Algorithm, ClientId, Commit, Lost, Plan, Task, Tree
 from coterie.schedules.synchronous import FROM_START, summary
 
 
@@ -73,20 +73,10 @@ class Gossip:
                 for client, node in zip(clients, nodes, strict=True)
             ]
             replies = yield from ask(tasks)
-            got, ups = Gathered(empty(UNFOLDED)), {}
-            for index, client in enumerate(clients):
-                try:
-                    got.fold = take(got.fold, UNFOLDED, replies[client])
-                except KeyError:
-                    got.fold = lose(got.fold, f"{client}: no reply")
-                    continue
-                except NonFinite as error:
-                    if self.on_nan == "stop":
-                        raise
-                    got.fold = lose(got.fold, str(error))
-                    continue
-                ups[index] = replies[client].up
-                got.accepted[client] = replies[client].task.id
+            got = Gathered(empty(UNFOLDED))
+            for task in tasks:
+                accept(got, UNFOLDED, replies.get(task.client) or Lost(task, "no reply"), self.on_nan)
+            ups = {i: replies[client].up for i, client in enumerate(clients) if client in got.accepted}
             if not ups:
                 raise QuorumLost(
                     f"round {round + 1}: no node finished its work", "see run.log for each node's error"
