@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from coterie.backends import InProcess, Site
+from coterie.backends.system import device
 from coterie.core import Commit, Event, Task, derive, drive, fold_task, interleave, rng, seeded
 from coterie.data import ClientData
 from coterie.storage import Memories
@@ -55,16 +56,24 @@ class World:
         """Drive the schedule's plan to its end. trainer: Loop unless told. backend: duration, dropped."""
         trainer, memories = trainer or Loop(self.problem, self.seed), Memories()
         sent, trained, events, commits = [], [], [], []
-        site = Site(algorithm, trainer.fit, lambda model, data: {}, data or self.people.__getitem__, memories)
+        site = Site(algorithm, trainer, lambda model, data: {}, data or self.people.__getitem__, memories)
 
-        def answer(task):
-            trained.append(task)
-            return site(task)
+        answer, fold = site.answer, site.fold
+
+        def answering(tasks):
+            trained.extend(tasks)
+            return answer(tasks)
+
+        def folding(tasks, *rest):
+            trained.extend(tasks)
+            return fold(tasks, *rest)
+
+        site.answer, site.fold = answering, folding
 
         if relays is None:
-            fold = partial(fold_task, aggregator=algorithm.aggregator, on_nan=schedule.on_nan)
-            relays = {name: partial(interleave, fold) for name in schedule.relays}
-        backend = InProcess(answer, relays=relays, **backend)
+            relay = partial(fold_task, aggregator=algorithm.aggregator, on_nan=schedule.on_nan)
+            relays = {name: partial(interleave, relay) for name in schedule.relays}
+        backend = InProcess(site, relays=relays, device=device(**backend))
         take = backend.send
 
         def send(actions):

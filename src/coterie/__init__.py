@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from coterie.core import Aggregator, Algorithm, ClientWork, Key, Optimizer, derive, rng
     from coterie.core.errors import ConfigError, CoterieError, DataError, Interrupted, RunError
     from coterie.data import ClientData, Dataset, Examples, from_torch
-    from coterie.experiment import Config, Progress, Result, load, run
+    from coterie.experiment import Config, Progress, Result, SweepProgress, SweepResult, load, run, sweep
     from coterie.trainers import Context, Fit
 
 _ROOMS = {
@@ -43,7 +43,9 @@ _ROOMS = {
     "coterie.core": ("Aggregator", "Algorithm", "ClientWork", "Key", "Optimizer", "derive", "rng"),
     "coterie.core.errors": ("ConfigError", "CoterieError", "DataError", "Interrupted", "RunError"),
     "coterie.data": ("ClientData", "Dataset", "Examples", "from_torch"),
-    "coterie.experiment": ("Config", "Progress", "Result", "load", "run"),
+    "coterie.experiment": (
+        "Config", "Progress", "Result", "SweepProgress", "SweepResult", "load", "run", "sweep",
+    ),
     "coterie.trainers": ("Context", "Fit"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -53,8 +55,9 @@ __version__ = _version("coterie")
 __all__ = [
     "Aggregator", "Algorithm", "ClientData", "ClientWork", "Config", "ConfigError", "Context", "CoterieError",
     "DataError", "Dataset", "Examples", "Fit", "Interrupted", "Key", "Local", "Optimizer", "Progress",
-    "Result", "RunError", "derive", "dpsgd", "fedadagrad", "fedadam", "fedasync", "fedavg", "fedavgm",
-    "fedbuff", "fedprox", "fedsgd", "fedyogi", "from_torch", "krum", "load", "mean", "rng", "run", "scaffold",
+    "Result", "RunError", "SweepProgress", "SweepResult", "derive", "dpsgd", "fedadagrad", "fedadam",
+    "fedasync", "fedavg", "fedavgm", "fedbuff", "fedprox", "fedsgd", "fedyogi", "from_torch", "krum", "load",
+    "mean", "rng", "run", "scaffold", "sweep",
 ]  # fmt: skip
 
 

@@ -85,3 +85,13 @@ def test_all_of_a_thousand_clients_are_described():
     facts = describe(examples, dirichlet(examples, key=derive(1), clients=1000, alpha=0.1))
     assert facts.counts.shape == (1000, 10)
     assert facts.sizes.sum() == 60_000
+
+
+def test_a_row_with_several_targets_counts_each_of_them_but_is_one_row():
+    y = [[0, 1, 1], [1, 1, 1], [2, 2, 0]]
+    facts = describe(of(y), {"a": np.array([0, 2]), "b": np.array([1])}, ["x", "y", "z"])
+    assert facts.counts.tolist() == [[2, 2, 2], [0, 3, 0]]
+    assert facts.sizes.tolist() == [2, 1]
+    assert (facts.smallest, facts.largest) == (1, 2)
+    q = [2 / 9, 5 / 9, 2 / 9]
+    assert facts.jensen_shannon[1] == pytest.approx(jensenshannon([0, 1, 0], q, base=2))

@@ -314,6 +314,19 @@ def test_gaps_and_nans_are_refused():
         )
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("dirichlet", {"alpha": 1.0}), ("pathological", {"labels": 1}), ("shards", {"shards_per_client": 1})],
+)
+def test_a_row_of_several_targets_has_no_label_to_go_by(kind, options):
+    texts = Examples(torch.zeros(6, 2), torch.arange(12).reshape(6, 2), {"role": np.arange(6) % 2})
+    with pytest.raises(ConfigError, match="has 2 targets") as caught:
+        PARTITIONS[kind](texts, key=KEY, clients=2, **options)
+    assert "natural" in caught.value.hint
+    check(PARTITIONS["natural"](texts, key=KEY, column="role"), 6)
+    check(PARTITIONS["iid"](texts, key=KEY, clients=2), 6)
+
+
 def test_a_near_name_is_suggested(labelled):
     with pytest.raises(ConfigError) as caught:
         partitions.natural(labelled, key=KEY, column="sites")

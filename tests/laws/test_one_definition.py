@@ -17,6 +17,7 @@ from coterie.core import Cancel, Lost, Reply, Task, drive, fold_task, interleave
 from coterie.core.codec import decode, encode
 from coterie.core.gather import awaits
 from coterie.experiment import assemble, run
+from coterie.schedules.synchronous import POOL
 from coterie.storage import Memories
 
 SYNCHRONOUS = ["synchronous", "adam", "scaffold", "hierarchical", "krum", "gossip", "batchnorm"]
@@ -39,10 +40,10 @@ class Wire:
     """Another backend: concurrent workers, serialised messages, replies in a scrambled order."""
 
     def __init__(self, parts, seed):
-        site = Site(parts.algorithm, parts.trainer.fit, None, parts.population.data, Memories())
-        self.site, self.dropped = site, parts.backend(None, None).dropped
+        site = parts.site(Memories())
+        self.site, self.device = site, parts.backend(site, None).device
         fold = partial(fold_task, aggregator=parts.algorithm.aggregator)
-        self.relays = {name: interleave(fold) for name in parts.schedule.relays}
+        self.relays = {name: interleave(fold) for name in (*parts.schedule.relays, POOL)}
         for relay in self.relays.values():
             next(relay)
         self.draw, self.queue, self.above = random.Random(seed), [], {}
@@ -72,7 +73,7 @@ class Wire:
             await asyncio.sleep(0)
             node, what = self.queue.pop(self.draw.randrange(len(self.queue)))
             if isinstance(what, Task):
-                what = Lost(what, "gone") if self.dropped(what) else over_the_wire(self.site(what))
+                what = Lost(what, "gone") if self.device(what, 0.0).lost else over_the_wire(self.site(what))
             if node == "":
                 return 0.0, what
             self.tell(node, what)

@@ -1,6 +1,7 @@
 """Law 6, nothing leaves a site but replies and losses; law 8, threads never share a module."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_an_error_at_a_site_leaves_as_a_reason_and_not_as_an_object():
     def fit(algorithm, task, memory, data):
         raise OSError("patient 17 is missing")
 
-    site = Site(None, fit, None, lambda client: None, Memories())
+    site = Site(None, SimpleNamespace(fit=fit, width=1), None, lambda client: None, Memories())
     answer = site(Task(0, "a", 0, 0, None))
     assert type(answer) is Lost
     assert answer.reason == "OSError: patient 17 is missing"

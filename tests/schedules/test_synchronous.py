@@ -221,7 +221,7 @@ def test_nan_in_the_last_part_of_an_update_leaves_no_trace_of_the_first():
         return reply, memory
 
     schedule = Synchronous(rounds=2, cohort=1.0, on_nan="drop", key=KEY)
-    outcome = WORLD.play(algorithm, schedule, trainer=SimpleNamespace(fit=fit))
+    outcome = WORLD.play(algorithm, schedule, trainer=SimpleNamespace(fit=fit, width=1))
     without = WORLD.play(algorithm, schedule, dropped=lambda task: task.client == "client-4")
     assert digest(outcome.state) == digest(without.state)
 

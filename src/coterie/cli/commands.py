@@ -15,6 +15,7 @@ from coterie.cli.data import data
 from coterie.cli.doctor import doctor
 from coterie.cli.init import init
 from coterie.cli.run import run
+from coterie.cli.sweep import sweep
 
 
 class Commands(TyperGroup):
@@ -42,7 +43,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
-for command in (run, compare, init, doctor):
+for command in (run, sweep, compare, init, doctor):
     app.command()(command)
 app.add_typer(data, name="data")
 

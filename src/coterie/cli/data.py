@@ -131,8 +131,10 @@ def _measured(config: Config, statistics: Statistics) -> dict[str, Any]:
         **{name: getattr(statistics, name) for name in ("mean_jensen_shannon", "mean_earth_mover")},
         "labels": statistics.labels,
         "clients": [
-            {"client": client, "train": sum(counts), "labels": counts}
-            for client, counts in zip(statistics.clients, statistics.counts.tolist(), strict=True)
+            {"client": client, "train": size, "labels": counts}
+            for client, size, counts in zip(
+                statistics.clients, statistics.sizes.tolist(), statistics.counts.tolist(), strict=True
+            )
         ],
     }
 

@@ -41,15 +41,21 @@ def add(acc: Tree, up: Tree, weight: float | Sequence[float] | Tensor) -> Tree:
     up: a tree of float or integer tensors; or, with n weights, the same with a leading dimension of n.
     Raises NonFinite or OutOfRange (naming the leaf) before anything is added.
     """
-    if isinstance(weight, Tensor | Sequence):
-        for row, each in enumerate(weight):
-            acc = add(acc, trees.map_tree(lambda leaf, row=row: leaf[row], up), float(each))
+    if not isinstance(weight, Tensor | Sequence):
+        return add(acc, trees.map_tree(lambda leaf: leaf.unsqueeze(0), up), (float(weight),))
+    weights = [float(each) for each in weight]
+    for each in weights:
+        if not (math.isfinite(each) and each >= 0):
+            raise NonFinite(f"weight {each} of an update: weights must be finite and >= 0")
+    if len(weights) > CARRY_EVERY:  # more would fill up `lo` between two carries
+        half = len(weights) // 2
+        acc = add(acc, trees.map_tree(lambda leaf: leaf[:half], up), weights[:half])
+        return add(acc, trees.map_tree(lambda leaf: leaf[half:], up), weights[half:])
+    if not weights:
         return acc
-    if not (math.isfinite(weight) and weight >= 0):
-        raise NonFinite(f"weight {weight} of an update: weights must be finite and >= 0")
     if acc is None:
         acc = {
-            "hi": trees.map_tree(lambda u: torch.zeros(u.shape, dtype=_limb(u), device=u.device), up),
+            "hi": trees.map_tree(lambda u: torch.zeros(u.shape[1:], dtype=_limb(u), device=u.device), up),
             "lo": trees.map_tree(lambda u: torch.zeros(_lo_shape(u), dtype=_limb(u), device=u.device), up),
             "like": trees.map_tree(lambda u: torch.empty(0, dtype=u.dtype), up),
             "weight": Fraction(0),
@@ -59,24 +65,24 @@ def add(acc: Tree, up: Tree, weight: float | Sequence[float] | Tensor) -> Tree:
     rows = trees.rows(acc["hi"], acc["lo"], acc["like"], up)
     largest = 0.0
     for hi, _, like, u in rows:
-        if u.shape != hi.shape or u.dtype != like.dtype:
+        if u.shape != (len(weights), *hi.shape) or u.dtype != like.dtype:
             raise ValueError(
-                f"an update of {u.dtype} {tuple(u.shape)} among updates of {like.dtype} {tuple(hi.shape)}"
+                f"an update of {u.dtype} {tuple(u.shape[1:])} among updates of {like.dtype} {tuple(hi.shape)}"
             )
         if u.is_floating_point() and u.numel():
             low, high = trees.extent(u)
             largest = max(largest, -low, high) if math.isfinite(low + high) else math.inf
     if not math.isfinite(largest):
         trees.check_finite(up)  # names the leaf
-    bound = math.ceil(min(largest * weight, 2.0 * LIMIT))  # an integer, so its sum is exact too
-    total = _checked(acc["bound"] + bound)
+    # integers, so that the bound is the same in any order too
+    total = _checked(acc["bound"] + sum(math.ceil(min(largest * each, 2.0 * LIMIT)) for each in weights))
+    count = acc["count"] + len(weights)
+    if count // CARRY_EVERY != acc["count"] // CARRY_EVERY:
+        trees.map_tree(_carry, acc["hi"], acc["lo"])
     scratch = _Scratch()
     for hi, lo, _, u in rows:
-        _add_leaf(hi, lo, u.detach(), weight, scratch)
-    acc = {**acc, "weight": acc["weight"] + Fraction(weight), "count": acc["count"] + 1, "bound": total}
-    if acc["count"] % CARRY_EVERY == 0:
-        trees.map_tree(_carry, acc["hi"], acc["lo"])
-    return acc
+        _add_leaf(hi, lo, u.detach(), weights, scratch)
+    return {**acc, "weight": acc["weight"] + dot(weights), "count": count, "bound": total}
 
 
 def merge(left: Tree, right: Tree) -> Tree:
@@ -111,6 +117,23 @@ def mean(acc: Tree) -> tuple[Tree, float, int]:
     return trees.map_tree(leaf, acc["hi"], acc["lo"], acc["like"]), weight, count
 
 
+def dot(values: Sequence[float], weights: Sequence[float] | None = None) -> Fraction:
+    """The exact sum of values * weights (of values, without weights); all must be finite."""
+    total, common = (
+        0,
+        1,
+    )  # denominators are powers of two: a shift brings them together, where Fractions take a gcd
+    for index, value in enumerate(values):
+        top, bottom = float(value).as_integer_ratio()
+        if weights is not None:
+            by, over = float(weights[index]).as_integer_ratio()
+            top, bottom = top * by, bottom * over
+        if bottom > common:
+            total, common = total * (bottom // common), bottom
+        total += top * (common // bottom)
+    return Fraction(total, common)
+
+
 def _limb(u: Tensor) -> torch.dtype:
     if u.is_complex() or u.dtype == torch.bool:
         raise TypeError(f"updates are made of float or integer tensors, not {u.dtype}")
@@ -118,7 +141,7 @@ def _limb(u: Tensor) -> torch.dtype:
 
 
 def _lo_shape(u: Tensor) -> torch.Size:
-    return u.shape if u.is_floating_point() else torch.Size([0])
+    return u.shape[1:] if u.is_floating_point() else torch.Size([0])
 
 
 def _checked(bound: int) -> int:
@@ -146,19 +169,29 @@ class _Scratch:
         return found[0][:size], found[1][:size]
 
 
-def _add_leaf(hi: Tensor, lo: Tensor, u: Tensor, weight: float, scratch: _Scratch) -> None:
+def _add_leaf(hi: Tensor, lo: Tensor, u: Tensor, weights: Sequence[float], scratch: _Scratch) -> None:
+    """Add sum_i weights[i] * u[i] to one leaf. Sums of multiples of one grid are exact in any order."""
+    n = len(weights)
     if not u.is_floating_point():
-        hi.add_(u)
+        hi.add_(u.sum(0))
         return
-    u, hi, lo = u.reshape(-1), hi.view(-1), lo.view(-1)
-    step = CHUNK if u.device.type == "cpu" else max(u.numel(), 1)
-    for start in range(0, u.numel(), step):
+    u, hi, lo = u.reshape(n, -1), hi.view(-1), lo.view(-1)
+    size = u.shape[1]
+    factors = torch.tensor(weights, dtype=torch.float64, device=u.device).unsqueeze(1)
+    step = max(CHUNK // n, 1) if u.device.type == "cpu" else max(size, 1)
+    for start in range(0, size, step):
         part = slice(start, start + step)
-        x, rounded = scratch.of(u.device, min(step, u.numel() - start))
-        x.copy_(u[part]).mul_(weight)
+        width = min(step, size - start)
+        x, rounded = (each.view(n, width) for each in scratch.of(u.device, n * width))
+        torch.mul(u[:, part], factors, out=x)
         torch.add(x, SHIFT_HI, out=rounded).sub_(SHIFT_HI)
-        hi[part].add_(rounded)
-        lo[part].add_(x.sub_(rounded).add_(SHIFT_LO).sub_(SHIFT_LO))
+        x.sub_(rounded).add_(SHIFT_LO).sub_(SHIFT_LO)
+        if n == 1:
+            hi[part].add_(rounded[0])
+            lo[part].add_(x[0])
+        else:
+            hi[part].add_(rounded.sum(0))
+            lo[part].add_(x.sum(0))
 
 
 def _carry(hi: Tensor, lo: Tensor) -> None:

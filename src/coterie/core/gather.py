@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from coterie.core import exact, trees
 from coterie.core.errors import NonFinite
 from coterie.core.types import (
@@ -21,6 +23,7 @@ from coterie.core.types import (
     ClientId,
     Lost,
     Plan,
+    Replies,
     Reply,
     Task,
     Tick,
@@ -67,8 +70,7 @@ def take(fold: Fold, aggregator: Aggregator, reply: Reply, scale: float = 1.0) -
     """Fold one reply in, its weight times `scale` (staleness). Raises NonFinite naming the client."""
     if reply.task.kind == "fold":  # a relay's; it may hold nothing, when all of its clients were lost
         return merge(fold, aggregator, Fold(*reply.up))
-    client, weight = reply.task.client, reply.weight * scale
-    who = f"client {client}, version {reply.task.version}"
+    weight, who = reply.weight * scale, _who(reply.task)
     if not (math.isfinite(weight) and weight >= 0):
         raise NonFinite(f"{who}: its weight is {weight}", "weights must be finite and >= 0")
     for name, value in reply.metrics.items():
@@ -119,6 +121,65 @@ def accept(
             return ""
     got.fold = lose(got.fold, reason)
     return reason
+
+
+def accept_block(got: Gathered, aggregator: Aggregator, block: Replies, on_nan: OnNan) -> None:
+    """As `accept` for each row of a block, at the cost of one addition."""
+    why = [_refusal(block, row) for row in range(len(block.tasks))]
+    limits = torch.tensor([exact.LIMIT / max(weight, 1.0) for weight in block.weights], dtype=torch.float64)
+    for name, leaf in trees.named_leaves(block.ups):
+        if leaf.is_floating_point() and leaf[0].numel():
+            low, high = leaf.detach().flatten(1).aminmax(dim=1)
+            fits = torch.maximum(-low, high).double().cpu() < limits  # False for NaN
+            if not fits.all():
+                for row in (~fits).nonzero().flatten().tolist():
+                    ends = float(low[row]), float(high[row])
+                    said = f"{max(-ends[0], ends[1]):.3g}: it has diverged"
+                    if not all(map(math.isfinite, ends)):
+                        said = "NaN or infinity"
+                    why[row] = why[row] or f"{name} holds {said}"
+    if any(why):
+        reasons = [f"{_who(task)}: {said}" for task, said in zip(block.tasks, why, strict=True) if said]
+        if on_nan == "stop":
+            raise NonFinite(reasons[0])
+        got.fold = lose(got.fold, *reasons)
+        block = _rows(block, [row for row, said in enumerate(why) if not said])
+    if not block.tasks:
+        return
+    weights, fold = block.weights, got.fold
+    share = exact.dot(weights)
+    sums = {name: (exact.dot(values, weights), share) for name, values in block.metrics.items()}
+    got.fold = Fold(
+        aggregator.add(fold.acc, block.ups, weights),
+        _joined(fold.metrics, sums),
+        fold.replies + len(block.tasks),
+        fold.samples + sum(block.samples),
+        fold.bytes_up + trees.nbytes(block.ups),
+        fold.lost,
+    )
+    got.accepted.update((task.client, task.id) for task in block.tasks)
+
+
+def _refusal(block: Replies, row: int) -> str:
+    weight = block.weights[row]
+    if not (math.isfinite(weight) and weight >= 0):
+        return f"its weight is {weight}"
+    bad = (f"{n} is {values[row]}" for n, values in block.metrics.items() if not math.isfinite(values[row]))
+    return next(bad, "")
+
+
+def _rows(block: Replies, rows: list[int]) -> Replies:
+    return Replies(
+        [block.tasks[row] for row in rows],
+        trees.map_tree(lambda leaf: leaf[rows], block.ups),
+        [block.weights[row] for row in rows],
+        {name: [values[row] for row in rows] for name, values in block.metrics.items()},
+        [block.samples[row] for row in rows],
+    )
+
+
+def _who(task: Task) -> str:
+    return f"client {task.client}, version {task.version}"
 
 
 def merge(left: Fold, aggregator: Aggregator, right: Fold) -> Fold:
@@ -188,21 +249,55 @@ def ask(tasks: Sequence[Task]) -> Plan[dict[ClientId, Reply]]:
     return replies
 
 
-def fold_task(
-    task: Task, aggregator: Aggregator, *, on_nan: OnNan = "stop"
-) -> Generator[Sequence[Action], Any, Reply]:
-    """A relay's work on one "fold" Task: tasks below, then one Reply with the unfinished accumulator.
+def fold_request(
+    id: int,
+    relay: ClientId,
+    tasks: Sequence[Task],
+    *,
+    timer: int,
+    enough: int | None = None,
+    deadline: float | None = None,
+) -> Task:
+    """The one "fold" Task that asks a relay to gather these; all are of one version, with one config."""
+    first = tasks[0]
+    config = {
+        "tasks": [[task.client, task.id, task.memory] for task in tasks],
+        "local": first.config,
+        "timer": timer,
+        "enough": enough,
+        "deadline": deadline,
+    }
+    return Task(id, relay, first.version, first.round, first.down, "fold", config)
 
-    task.config: "tasks" [[client, task id, memory generation], ...] with ids that the sender allotted,
-    "local" their config, "timer" and "deadline" as in `gather`.
-    """
-    below = [
+
+def below(task: Task) -> list[Task]:
+    """The tasks that a "fold" Task asks for."""
+    return [
         Task(id, client, task.version, task.round, task.down, config=task.config["local"], memory=memory)
         for client, id, memory in task.config["tasks"]
     ]
+
+
+def fold_task(
+    task: Task, aggregator: Aggregator, *, on_nan: OnNan = "stop"
+) -> Generator[Sequence[Action], Any, Reply]:
+    """A relay's work on one "fold" Task (`fold_request`): tasks below, then one Reply with what they came to.
+
+    The ids of the tasks below and of the timer were allotted by the sender.
+    """
     got = yield from gather(
-        aggregator, below, timer=task.config["timer"], deadline=task.config["deadline"], on_nan=on_nan
+        aggregator,
+        below(task),
+        timer=task.config["timer"],
+        enough=task.config.get("enough"),
+        deadline=task.config["deadline"],
+        on_nan=on_nan,
     )
+    return folded(task, got)
+
+
+def folded(task: Task, got: Gathered) -> Reply:
+    """The answer to a "fold" Task."""
     return Reply(task, tuple(got.fold), 0.0, answers=tuple(got.accepted.items()))
 
 

@@ -51,6 +51,16 @@ class Reply:
     answers: tuple[tuple[ClientId, int], ...] = ()  # to a "fold" Task: whose replies are folded into `up`
 
 
+class Replies(NamedTuple):
+    """The replies to a block of tasks, stacked: row i of everything answers tasks[i]."""
+
+    tasks: Sequence[Task]
+    ups: Tree  # leaves [tasks, ...]
+    weights: Sequence[float]
+    metrics: Mapping[str, Sequence[float]]
+    samples: Sequence[int]
+
+
 class Lost(NamedTuple):
     """The task will never be answered: dropped out, failed, refused by policy, timed out."""
 

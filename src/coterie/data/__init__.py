@@ -31,6 +31,7 @@ from coterie.data.datasets import (
     fashion_mnist,
     mnist,
     pneumoniamnist,
+    shakespeare,
 )
 from coterie.data.partitions import (
     PARTITIONS,
@@ -85,5 +86,6 @@ __all__ = [
     "pneumoniamnist",
     "populate",
     "power_law",
+    "shakespeare",
     "shards",
 ]

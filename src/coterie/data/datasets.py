@@ -17,6 +17,7 @@ from coterie.data.images import Labelled, read_cifar_binary, read_jpegs
 from coterie.data.sources import HOMES, default_folders, find_file, find_folder
 from coterie.data.splits import normalise, split_rows
 from coterie.data.tables import from_table
+from coterie.data.text import next_character, read_speeches
 from coterie.data.types import Dataset, Examples
 
 DIGITS = tuple("0123456789")
@@ -160,6 +161,25 @@ def credit_default(*, folders: Folders = None) -> Dataset:
     )
 
 
+def shakespeare(
+    *, folders: Folders = None, length: int = 80, test_fraction: float = 0.2, download: bool = False
+) -> Dataset:
+    """The next character in Shakespeare's plays, by role: 1.1 MB, 65 characters (Karpathy 2015, char-rnn).
+
+    From <folder>/tiny-shakespeare/input.txt.gz or input.txt, or the same in <folder>/shakespeare. int64
+    [n, length]; the last test_fraction of each role's windows are the test set, as in McMahan et al. 2017
+    (arXiv:1602.05629, section 3). Key: role (309 spellings; 256 have at least one window of 80). Roles of
+    one name in several plays, "First Citizen", are one. Not LEAF's Shakespeare, which is ten times larger.
+    download: fetch the file into the first folder if no folder has it.
+    Raises DataError when the file is missing or damaged, ConfigError for a bad length or test_fraction.
+    """
+    file = "input.txt.gz"
+    layouts = [("tiny-shakespeare", [file]), ("shakespeare", [file])]
+    place = _place("shakespeare", folders, download, layouts)
+    roles = read_speeches(find_file(place, file) or place / file)
+    return next_character("shakespeare", roles, column="role", length=length, test_fraction=test_fraction)
+
+
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits,
     "mnist": mnist,
@@ -168,6 +188,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "pneumoniamnist": pneumoniamnist,
     "adult": adult,
     "credit-default": credit_default,
+    "shakespeare": shakespeare,
     "csv": from_table,
     "parquet": from_table,
     "npz": from_npz,

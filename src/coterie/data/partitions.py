@@ -327,6 +327,11 @@ def _top_up(counts: Rows, least: int) -> None:
 def _labels(kind: str, examples: Examples, bins: int | None) -> tuple[Rows, Rows]:
     """Labels 0 .. L-1 of the rows, and how many rows each has: all at least one."""
     y = examples.y.numpy()
+    if y.ndim > 1:
+        raise ConfigError(
+            f"{kind}: a row of this data has {y.shape[1]} targets, so it has no one label",
+            "use natural with a column, iid, or a quantity skew (power_law, log_normal)",
+        )
     if examples.y.is_floating_point():
         if bins is None:
             raise ConfigError(

@@ -19,20 +19,17 @@ DECILES = np.arange(1, 10) / 10
 class Statistics:
     """K clients, L labels (a regression's labels are the deciles of its targets).
 
-    counts: int64 [K, L]. jensen_shannon, earth_mover: float64 [K], each client's distance to the label
+    sizes: rows of each client, int64 [K]. counts: of each label, int64 [K, L]; rows with T targets count T
+    times. jensen_shannon, earth_mover: float64 [K], each client's distance to the label
     distribution of all the clients' rows together.
     """
 
     clients: tuple[ClientId, ...]
     labels: tuple[str, ...]
+    sizes: Rows
     counts: Rows
     jensen_shannon: Floats
     earth_mover: Floats
-
-    @property
-    def sizes(self) -> Rows:
-        """Rows of each client, int64 [K]."""
-        return np.asarray(self.counts.sum(axis=1))
 
     @property
     def smallest(self) -> int:
@@ -89,7 +86,7 @@ def describe(
         labels = tuple(f"{low}..{high}" for low, high in pairwise(marks))
     else:
         labels = tuple(classes) if classes is not None else tuple(map(str, range(int(y.max()) + 1)))
-    counts = np.stack([np.bincount(y[rows], minlength=len(labels)) for rows in partition.values()])
+    counts = np.stack([np.bincount(y[rows].ravel(), minlength=len(labels)) for rows in partition.values()])
     p = counts / counts.sum(axis=1, keepdims=True)
     q = counts.sum(axis=0) / counts.sum()
     middle = (p + q) / 2
@@ -97,6 +94,7 @@ def describe(
     return Statistics(
         clients=tuple(partition),
         labels=labels,
+        sizes=np.array([len(rows) for rows in partition.values()]),
         counts=counts,
         jensen_shannon=np.sqrt(np.clip(divergence, 0, 1)),
         earth_mover=np.abs(p - q).sum(axis=1),

@@ -17,14 +17,16 @@ from coterie.core.errors import ConfigError, DataError
 Column = NDArray[Any]  # [n] values of a sortable kind: numbers or text
 Rows = NDArray[np.int64]  # indices of rows
 Floats = NDArray[np.float64]
+TARGETS = ((torch.int64, 1), (torch.int64, 2), (torch.float32, 1))  # dtype and rank
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examples:
-    """n rows as stored: images stay uint8 [n, C, H, W], tables are float32 [n, features].
+    """n rows as stored: images stay uint8 [n, C, H, W], tables are float32 [n, features], text int64 [n, T].
 
-    y is int64 [n] (class indices) or float32 [n] (targets of a regression); keys hold one value a row
-    for the partitions that split by a column. Raises DataError when lengths or types do not fit.
+    y is int64 [n] (class indices), int64 [n, T] (T of them a row: the next characters of a text) or float32
+    [n] (targets of a regression); keys hold one value a row for the partitions that split by a column.
+    Raises DataError when lengths or types do not fit.
     """
 
     x: Tensor
@@ -36,10 +38,10 @@ class Examples:
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) != 1:
             raise DataError(f"examples: columns of different lengths: {lengths}")
-        if self.y.dtype not in (torch.int64, torch.float32) or self.y.ndim != 1:
+        if (self.y.dtype, self.y.ndim) not in TARGETS:
             raise DataError(
                 f"examples: targets are {self.y.dtype} {list(self.y.shape)}",
-                "give int64 class indices [n], or float32 values [n]",
+                "give int64 class indices [n] or [n, T], or float32 values [n]",
             )
 
     def __len__(self) -> int:
@@ -72,9 +74,9 @@ class Examples:
 class Dataset:
     """A named data set, with a global test set when it has one.
 
-    classes: names by class index, None for a regression. prepare: stored inputs [b, ...] -> float32 model
-    inputs [b, ...], row by row. weight: the key column that says what a row weighs.
-    Raises DataError when a class index has no name.
+    classes: names by class index, None for a regression. prepare: stored inputs [b, ...] -> model inputs
+    [b, ...], row by row: float32, or int64 for an embedding. weight: the key column that says what a row
+    weighs. Raises DataError when a class index has no name, or training and test shapes differ.
     """
 
     name: str
@@ -96,9 +98,13 @@ class Dataset:
             if not fits:
                 wanted = "float32" if self.classes is None else f"class indices 0 to {len(self.classes) - 1}"
                 raise DataError(f"{self.name}: the {part} targets are not all {wanted}")
-            if examples.x.shape[1:] != self.train.x.shape[1:]:
-                shapes = f"{list(examples.x.shape[1:])}, training ones {list(self.train.x.shape[1:])}"
-                raise DataError(f"{self.name}: test inputs have the shape {shapes}")
+            for what, mine, training in (
+                ("inputs", examples.x, self.train.x),
+                ("targets", examples.y, self.train.y),
+            ):
+                if mine.shape[1:] != training.shape[1:]:
+                    shapes = f"{list(mine.shape[1:])}, training ones {list(training.shape[1:])}"
+                    raise DataError(f"{self.name}: test {what} have the shape {shapes}")
 
     @property
     def task(self) -> Literal["classification", "regression"]:
@@ -113,7 +119,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClientData:
-    """What one client holds, prepared: inputs float32 [n, ...] and targets [n]; test may have 0 rows.
+    """What one client holds, prepared: inputs [n, ...] and targets [n] or [n, T]; test may have 0 rows.
 
     weight: the client's own weight, if the data names one.
     """

@@ -8,8 +8,9 @@ from coterie.experiment.assemble import Parts, assemble, load_dataset, load_popu
 from coterie.experiment.config import Config, data_folders, load, nearest, to_toml
 from coterie.experiment.records import Progress, Result
 from coterie.experiment.run import run
+from coterie.experiment.sweep import SweepProgress, SweepResult, sweep
 
 __all__ = [
-    "Config", "Parts", "Progress", "Result", "assemble", "data_folders", "load", "load_dataset",
-    "load_population", "nearest", "run", "to_toml",
+    "Config", "Parts", "Progress", "Result", "SweepProgress", "SweepResult", "assemble", "data_folders",
+    "load", "load_dataset", "load_population", "nearest", "run", "sweep", "to_toml",
 ]  # fmt: skip

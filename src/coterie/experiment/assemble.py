@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from coterie.aggregators import krum, mean
 from coterie.algorithms import ALGORITHMS, OPTIMIZERS, Local, gradient
-from coterie.backends import DURATIONS, InProcess, drop_out
-from coterie.core import Aggregator, Algorithm, ConfigError, derive, fold_task, interleave, seeded
-from coterie.data import DATASETS, PARTITIONS, Dataset, Population, from_torch, populate
+from coterie.backends import InProcess, Pool, Site, Store
+from coterie.core import Aggregator, Algorithm, ClientId, ConfigError, derive, seeded
+from coterie.data import DATASETS, PARTITIONS, ClientData, Dataset, Population, from_torch, populate
 from coterie.experiment import parts
 from coterie.experiment.config import Config, data_folders, to_dict
+from coterie.experiment.system import device
 from coterie.models import MODELS
 from coterie.schedules import SCHEDULES, STALENESS, Buffered, Gossip
 from coterie.schedules.synchronous import share
+from coterie.storage import Memories
 from coterie.trainers import Custom, Loop, Problem
 
 TRAINERS = ("auto", "loop", "custom")
@@ -42,20 +44,27 @@ class Parts:
     note: str  # which trainer was chosen, and why
     test: tuple[Tensor, Tensor]  # the global test set
 
-    def backend(self, answer: Any, clock: Mapping[str, Any] | None) -> InProcess:
-        """The configured backend. answer: task -> Reply or Lost."""
-        key, system = derive(self.config.seed, "system"), self.config.system
-        duration = parts.build(
-            DURATIONS, system.get("duration", {"kind": "constant"}), "system.duration", {"key": key}
+    def pool(self, memories: Store) -> Pool:
+        """Who answers the clients' tasks: this process."""
+        return self.site(memories)
+
+    def site(self, memories: Store) -> Site:
+        """What answers the clients' tasks."""
+        return Site(
+            self.algorithm, self.trainer, self._evaluate, self.population.data, memories, self._samples
         )
-        fold = partial(fold_task, aggregator=self.algorithm.aggregator, on_nan=self.config.run["on_nan"])
-        return InProcess(
-            answer,
-            duration=duration,
-            dropped=drop_out(system.get("drop_out", 0.0), key=key),
-            relays={name: partial(interleave, fold) for name in self.schedule.relays},
-            clock=clock,
-        )
+
+    def backend(self, pool: Pool, clock: Mapping[str, Any] | None) -> InProcess:
+        """The simulation of the configured devices."""
+        config, key = self.config, derive(self.config.seed, "system")
+        devices = device(config.system, key=key, samples=self._samples, folder=config.folder)
+        return InProcess(pool, device=devices, clock=clock, on_nan=config.run["on_nan"])
+
+    def _evaluate(self, model: Any, data: ClientData) -> dict[str, float]:
+        return self.problem.measure(model, *data.test)
+
+    def _samples(self, client: ClientId) -> int:
+        return self.population.sizes(client)[0]
 
 
 def assemble(
@@ -80,7 +89,7 @@ def assemble(
     test = _test(population)
     problem.check(test[0][:2], test[1][:2], len(dataset.classes) if dataset.classes else None)
     made = Parts(config, population, problem, initial, local, algorithm, schedule, trainer, note, test)
-    made.backend(None, None)  # checks [system]
+    made.backend(made.site(Memories()), None)  # checks [system]
     _refuse_pairs(made)
     plan = schedule(algorithm, algorithm.init(initial), population.clients)
     next(plan)  # a plan does no I/O, so what it would refuse at its start is found out here
@@ -148,7 +157,7 @@ def resolved(config: Config) -> dict[str, Any]:
     out["algorithm"] = {**parts.resolve(ALGORITHMS, rest, "algorithm", given), **tables}
     staleness = config.schedule.get("staleness")
     section = {name: value for name, value in config.schedule.items() if name != "staleness"}
-    out["schedule"] = parts.resolve(SCHEDULES, section, "schedule", ("key", "size", "on_nan", "staleness"))
+    out["schedule"] = parts.resolve(SCHEDULES, section, "schedule", ("key", "size", "on_nan", "staleness", "pooled"))
     if staleness:
         out["schedule"]["staleness"] = parts.resolve(STALENESS, staleness, "schedule.staleness")
     return out
@@ -222,6 +231,7 @@ def _schedule(config: Config, population: Population) -> Any:
         "key": derive(config.seed, "schedule"),
         "size": lambda client: float(population.sizes(client)[0]),
         "on_nan": config.run["on_nan"],
+        "pooled": True,
     }
     if isinstance(section.get("staleness"), Mapping):
         provided["staleness"] = parts.build(STALENESS, section.pop("staleness"), "schedule.staleness")
@@ -275,9 +285,6 @@ def _refuse_unbuilt(config: Config) -> None:
     for key in config.backend:
         if key not in known:
             raise ConfigError(f"backend.{key}: unknown key", f"backend takes: {', '.join(sorted(known))}")
-    for key in config.system:
-        if key not in ("duration", "drop_out"):
-            raise ConfigError(f"system.{key}: unknown key", "system takes: drop_out, duration")
 
 
 def _refuse_pairs(made: Parts) -> None:

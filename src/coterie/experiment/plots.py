@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle, pairwise
+from itertools import chain, cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from coterie.experiment.theme import (
 
 __all__ = [
     "accuracy_distribution",
+    "answers",
     "bytes_moved",
     "comparison",
     "contenders",
@@ -51,6 +52,7 @@ __all__ = [
 Rows = Sequence[Mapping[str, Any]]
 
 WIDTH = 5.8  # inches, of every figure that shares a row: 418 units of an SVG, legible on a telephone too
+UNITS = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"))  # of an axis that shows two or more
 COLUMNS = 500  # more clients than this share a column with their neighbours in the sorted order
 
 
@@ -84,39 +86,50 @@ def worst_decile(values: Sequence[float], metric: str = "accuracy") -> float:
     return sum(worst) / len(worst)
 
 
-def series(rows: Rows, metric: str) -> list[tuple[float, float]]:
-    """(round, value) of every row that has a finite value for the metric."""
-    pairs = [(number(row.get("round")), number(row.get(metric))) for row in rows]
+def series(rows: Rows, metric: str, over: str = "round") -> list[tuple[float, float]]:
+    """(round, value) of every row that has a finite value for the metric; `over` names another first."""
+    pairs = [(number(row.get(over)), number(row.get(metric))) for row in rows]
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
 @styled
 def curves(
-    runs: Mapping[str, Rows], metric: str, baselines: Mapping[str, Mapping[str, Any]] | None = None
+    runs: Mapping[str, Rows],
+    metric: str,
+    baselines: Mapping[str, Mapping[str, Any]] | None = None,
+    over: str = "round",
 ) -> Figure:
     """The metric by round: a line for each run, the centralised baseline dashed, local-only dotted.
 
     runs: {label: rows of metrics.jsonl}; metric: "accuracy", "loss" or any other number of a row.
-    A single run's loss also shows its training loss, thin.
+    A single run's loss also shows its training loss, thin. over: "time" is the virtual clock, which
+    baselines do not have: they are levels then.
     """
-    single = len(runs) == 1
-    fig, ax = _figure(f"{metric} by round", width=WIDTH if single else 12, height=3.7 if single else 4.6)
+    single, by_time = len(runs) == 1, over == "time"
+    fig, ax = _figure(
+        f"{metric} {'over virtual time' if by_time else 'by round'}",
+        width=WIDTH if single else 12,
+        height=3.7 if single else 4.6,
+    )
+    last = max((x for rows in runs.values() for x, _ in series(rows, metric, over)), default=0.0)
+    scale, unit = next((each for each in UNITS if last >= 2 * each[0]), (1.0, "s"))
+    scale = scale if by_time else 1.0
     ends: list[tuple[float, str, str]] = []
 
     def draw(points: list[tuple[float, float]], label: str, color: str, **line: Any) -> None:
         if points:
-            xs, ys = zip(*points, strict=True)
+            xs, ys = [x / scale for x, _ in points], [y for _, y in points]
             ax.plot(xs, ys, color=color, **line)
             ax.plot(xs[-1], ys[-1], "o", color=color, markersize=6, clip_on=False)
             ends.append((ys[-1], label, color))
 
     for (label, rows), color in zip(runs.items(), cycle(PALETTE), strict=False):
         if single and metric == "loss":
-            draw(series(rows, "train_loss"), "training", LOCAL, linewidth=1.2)
-        draw(series(rows, metric), label, color, zorder=3)
+            draw(series(rows, "train_loss", over), "training", LOCAL, linewidth=1.2)
+        draw(series(rows, metric, over), label, color, zorder=3)
     for name, color, dash in (("centralised", CENTRALISED, (4, 2)), ("local_only", LOCAL, (1, 2))):
         entry = (baselines or {}).get(name) or {}
-        points, level = series(entry.get("curve") or (), metric), number(entry.get(metric))
+        points, level = series(entry.get("curve") or (), metric, over), number(entry.get(metric))
         label = name.replace("_", " ")
         if points:
             draw(points, label, color, linestyle=(0, dash), linewidth=1.8)
@@ -126,8 +139,8 @@ def curves(
 
     _value_axis(ax, metric, [y for y, _, _ in ends])
     ax.set_title(f"{metric} on the global test set")
-    ax.set_xlabel("round")
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.set_xlabel(f"virtual time ({unit})" if by_time else "round")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=not by_time))
     _label_ends(ax, ends, metric)
     return fig
 
@@ -270,6 +283,41 @@ def bytes_moved(rows: Rows) -> Figure:
 
 
 @styled
+def answers(rows: Rows) -> Figure:
+    """What became of the clients asked, by round: answered, not waited for, lost and why; totals beside."""
+    fig, ax = _figure("clients answered and lost by round")
+    parts: dict[str, list[float]] = {"answered": [], "not waited for": []}
+    reasons = sorted({name for row in rows for name in row.get("lost_why") or ()})
+    parts |= {name: [] for name in reasons}
+    for row in rows:
+        asked, answered, lost = (
+            number((row.get("clients") or {}).get(name)) or 0.0 for name in ("asked", "answered", "lost")
+        )
+        parts["answered"].append(answered)
+        parts["not waited for"].append(max(asked - answered - lost, 0.0))
+        for name in reasons:
+            parts[name].append(number((row.get("lost_why") or {}).get(name)) or 0.0)
+    first = (number(rows[0].get("round")) if rows else None) or 1.0
+    edges, bottom = first - 0.5 + np.arange(len(rows) + 1), np.zeros(len(rows))
+    ends = []
+    colors = chain((FEDERATED, LOCAL), cycle((CENTRALISED, DOWN, PALETTE[4], PALETTE[5], UP)))
+    for (name, counts), color in zip(parts.items(), colors, strict=False):
+        if any(counts):
+            top = bottom + np.array(counts)
+            ax.stairs(top, edges, baseline=bottom, fill=True, color=color, alpha=0.8, linewidth=0)
+            ends.append((float((top + bottom).mean() / 2), f"{_short(name, 24)} {sum(counts):,.0f}", color))
+            bottom = top
+    ax.set_ylim(0)
+    ax.set_xlim(edges[0], edges[-1])
+    ax.set_title("clients asked, by what became of them")
+    ax.set_xlabel("round")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _write_ends(ax, ends, 0.085)
+    return fig
+
+
+@styled
 def comparison(result: Mapping[str, Any], metric: str = "accuracy") -> Figure:
     """Federated, centralised and local-only side by side; ticks are the single clients on their own."""
     bars = contenders(result, metric)
@@ -351,12 +399,20 @@ def _value_axis(ax: Axes, metric: str, ends: Sequence[float]) -> None:
 def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]], metric: str) -> None:
     """Name each line at the right edge, moved apart where lines end close together."""
     lines = 2 if len(ends) <= 4 else 1
+    written = []
+    for value, label, color in ends:
+        text = show_bytes(value) if metric == "bytes" else show(value, metric)
+        written.append((value, f"{_short(label, 24)}{' ' if lines == 1 else chr(10)}{text}", color))
+    _write_ends(ax, written, 0.085 * lines)
+
+
+def _write_ends(ax: Axes, ends: Sequence[tuple[float, str, str]], gap: float) -> None:
+    """Write (height, text, colour) at the right edge, at least `gap` of the axes apart."""
     into = ax.transData + ax.transAxes.inverted()
     heights = [float(into.transform((ax.get_xlim()[1], y))[1]) for y, _, _ in ends]
-    for (value, label, color), y in zip(ends, _spread(heights, 0.085 * lines), strict=True):
-        text = show_bytes(value) if metric == "bytes" else show(value, metric)
+    for (_, text, color), y in zip(ends, _spread(heights, gap), strict=True):
         ax.annotate(
-            f"{_short(label, 24)}{' ' if lines == 1 else chr(10)}{text}",
+            text,
             (1.02, y),
             xycoords="axes fraction",
             color=color,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import cycle
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from coterie.core.errors import DataError
 from coterie.experiment import pages, plots
+from coterie.experiment.milestones import levels, milestones, timed, uneven
 from coterie.experiment.plots import number, series, show, show_bytes
 from coterie.experiment.theme import PALETTE
 
@@ -119,7 +120,14 @@ def render(folder: Path) -> str:
 </header>
 {_tiles(run)}"""
 
-    cards = [*_by_round(run), _comparison(run), _distribution(run), _partition(run), _traffic(run)]
+    cards = [
+        *_by_round(run),
+        *_by_device(run),
+        _comparison(run),
+        _distribution(run),
+        _partition(run),
+        _traffic(run),
+    ]
     return pages.page(run.name, f'{header}\n<div class="grid">\n{"".join(cards)}</div>\n{_reproduce(run)}')
 
 
@@ -154,12 +162,14 @@ def verdict(run: Run) -> str:
     return f"{who} reached {_measured(final, metric)}{compared if others else ''}."
 
 
-def compare(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], Figure]:
+def compare(folders: Sequence[Path], reach: Sequence[float] = ()) -> tuple[list[dict[str, Any]], Figure]:
     """A row for each run, and the curves of all.
 
     Keys: name, algorithm, rounds, metric, accuracy, loss, worst_decile (of the metric), bytes,
     seconds; missing values are None. A name that occurs twice gives way to the folders' names. The
-    curves show accuracy where any run has it, else the loss. Raises DataError like `read`.
+    curves show accuracy where any run has it, else the loss. reach: accuracies, for one more key:
+    "reached" lists {accuracy, round, time, bytes_up} for each, and curves are over virtual time then,
+    where the runs' clocks tell it. Raises DataError like `read`.
     """
     runs = [read(Path(folder)) for folder in folders]
     names = [run.name for run in runs]
@@ -181,13 +191,20 @@ def compare(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], Figure]:
                 "seconds": run.seconds(),
             }
         )
+        if reach:
+            found = [each._asdict() for each in milestones(run.rows, reach)]
+            rows[-1]["reached"] = [{"accuracy": each.pop("level"), **each} for each in found]
     metric = "accuracy" if any(series(r, "accuracy") for r in curves.values()) else "loss"
-    return rows, plots.curves(curves, metric)
+    over = "time" if reach and any(timed(r) for r in curves.values()) else "round"
+    return rows, plots.curves(curves, metric, over=over)
 
 
-def write_compare_html(path: Path, folders: Sequence[Path]) -> Path:
-    """Write a page that sets several runs side by side, whole or not at all, and return its path."""
-    rows, figure = compare(folders)
+def write_compare_html(path: Path, folders: Sequence[Path], reach: Sequence[float] = ()) -> Path:
+    """Write a page that sets several runs side by side, whole or not at all, and return its path.
+
+    reach: accuracies for a table of the time to each.
+    """
+    rows, figure = compare(folders, reach)
     best = {
         column: pick([row[column] for row in rows if row[column] is not None], default=None)
         for column, pick in (("accuracy", max), ("loss", min))
@@ -205,10 +222,27 @@ def write_compare_html(path: Path, folders: Sequence[Path]) -> Path:
     header = f'<header><p class="eyebrow">Federated runs</p><h1>{title}</h1></header>'
     chart = f'<div class="scroll">{plots.to_svg(figure)}</div>'
     cards = [
-        pages.card("By round", chart, wide=True),
+        pages.card(str(figure.get_label()), chart, wide=True),
         pages.card("Results", pages.table(columns, lines), f"Best values are bold. {WORST}", wide=True),
     ]
+    if reach:
+        lines = [
+            pages.row(row["name"], color, map(said, row["reached"]))
+            for row, color in zip(rows, cycle(PALETTE), strict=False)
+        ]
+        table = pages.table(("run", *(f"{show(level, 'accuracy')} accuracy" for level in reach)), lines)
+        note = "First evaluated round at or above it: virtual time, round, bytes sent up until then."
+        cards.append(pages.card("Time to accuracy", table, note, wide=True))
     return pages.replace(path, pages.page(title, header + "".join(cards)))
+
+
+def said(reached: Mapping[str, Any]) -> str:
+    """An entry of `compare`'s "reached" in a cell: "12.5 s, round 7, 1.2 MB up", or a dash."""
+    if reached["round"] is None:
+        return "–"
+    when = [] if reached["time"] is None else [_duration(reached["time"])]
+    up = show_bytes(reached["bytes_up"])
+    return ", ".join([*when, f"round\u00a0{reached['round']:,}", f"{up}\u00a0up"])
 
 
 def _tiles(run: Run) -> str:
@@ -245,6 +279,34 @@ def _by_round(run: Run) -> list[str]:
     ]
     why = "No round has been evaluated." if run.rows else "No round has finished."
     return cards or [pages.card("Learning by round", note=why)]
+
+
+def _by_device(run: Run) -> list[str]:
+    """Time to accuracy, and who answered: what simulated devices are for."""
+    cards, clock = [], timed(run.rows)
+    if found := milestones(run.rows, levels(run.rows)):
+        head = ("accuracy", "round", *["virtual time"] * clock, "sent up")
+        lines = []
+        for each in found:
+            cells = [f"{each.round:,}", *[_duration(each.time)] * clock, show_bytes(each.bytes_up or 0.0)]
+            name = f'<th scope="row">{show(each.level, "accuracy")}</th>'
+            lines.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        picture = ""
+        if uneven(run.rows):
+            baselines = run.result.get("baselines") or {}
+            picture = plots.to_svg(plots.curves({"federated": run.rows}, "accuracy", baselines, "time"))
+        note = "When each accuracy was first reached. " + "Virtual time is the simulated devices’." * clock
+        cards.append(pages.card("Time to accuracy", picture + pages.table(head, lines), note.strip()))
+    elif uneven(run.rows) and series(run.rows, "loss", "time"):
+        cards.append(
+            pages.card(
+                "Loss over time", plots.to_svg(plots.curves({"federated": run.rows}, "loss", None, "time"))
+            )
+        )
+    if any(row.get("lost_why") for row in run.rows):
+        note = "Late: after the deadline. Not waited for: enough others had answered."
+        cards.append(pages.card("Who answered", plots.to_svg(plots.answers(run.rows)), note))
+    return cards
 
 
 def _comparison(run: Run) -> str:

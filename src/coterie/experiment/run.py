@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from coterie.backends import InProcess, Site
+from coterie.backends import InProcess
 from coterie.core import (
     Commit,
     ConfigError,
     CoterieError,
     Event,
+    Fold,
     Interrupted,
     Lost,
     Reply,
@@ -31,7 +32,7 @@ from coterie.core import (
     run_sync,
     trees,
 )
-from coterie.data import ClientData, Dataset, describe
+from coterie.data import Dataset, describe
 from coterie.experiment import baselines, report
 from coterie.experiment.assemble import Parts, assemble, resolved
 from coterie.experiment.config import Config, load
@@ -95,9 +96,8 @@ class Session:
         settings = parts.config.run
         self.checkpoints = folder.checkpoints(settings["keep_checkpoints"])
         self.memories = folder.memories()
-        self.site = Site(
-            parts.algorithm, parts.trainer.fit, self._evaluate, parts.population.data, self.memories
-        )
+        self.pool = parts.pool(self.memories)
+        self.pool.progress = self._worked
         self.started = time.perf_counter()
         fresh = {"state": parts.algorithm.init(parts.initial), "resume": None, "clock": None}
         found = self.checkpoints.latest() or (0, fresh, {"seconds": {"total": 0.0, "train": 0.0}})
@@ -112,10 +112,9 @@ class Session:
         self.totals = dict.fromkeys(("samples", "lost", "up", "down"), 0)
         for row in folder.rows():
             self._count(row)
-        self.train_seconds = 0.0
         self.done = 0  # clients, in this round
         self.board = board(folder.path, self.version) if settings["tensorboard"] else None
-        self.backend: InProcess = parts.backend(self._answer, kept["clock"])
+        self.backend: InProcess = parts.backend(self.pool, kept["clock"])
 
     @property
     def rounds(self) -> int:
@@ -137,29 +136,29 @@ class Session:
             with suppress(RunError, OSError):  # a full disk: what went wrong first is what to tell
                 self._finish(status, {}, {}, str(error))
             raise
+        finally:
+            self.pool.close()
         return self._finish("finished", by_client, compared)
 
     def seconds(self) -> dict[str, float]:
         """Wall time of the whole run so far, earlier stretches included."""
         return {
             "total": self.before["total"] + time.perf_counter() - self.started,
-            "train": self.before["train"] + self.train_seconds,
+            "train": self.before["train"] + self.backend.busy,
         }
-
-    def _answer(self, task: Task) -> Reply | Lost:
-        start = time.perf_counter()
-        answer = self.site(task)
-        self.train_seconds += time.perf_counter() - start
-        return answer
-
-    def _evaluate(self, model: Tree, data: ClientData) -> dict[str, float]:
-        return self.parts.problem.measure(model, *data.test)
 
     def _event(self, now: float, event: Event) -> None:
         del now
         if isinstance(event, Lost):
             log.info("round %d: %s is lost: %s", event.task.round + 1, event.task.client, event.reason)
-        self.done += 1
+        elif isinstance(event, Reply) and event.task.kind == "fold":
+            for reason in Fold(*event.up).lost:
+                log.info("round %d: lost: %s", event.task.round + 1, reason)
+            return
+        self._worked(1)
+
+    def _worked(self, clients: int) -> None:
+        self.done += clients
         self._tell()
         self._check_stop()
 
@@ -231,7 +230,7 @@ class Session:
                 eta=(seconds - self.before["total"]) / made * (self.rounds - self.version) if made else None,
                 note=note,
                 done=self.done,
-                total=self.done + len(self.backend.open) if self.done else 0,
+                total=max(self.done, self.backend.asked) if self.done else 0,
             )
         )
 
@@ -250,7 +249,7 @@ class Session:
         holders = [c for c in self.parts.population.clients if self.parts.population.sizes(c)[1]]
         down = {"model": self.state["model"]}
         tasks = [Task(i, c, self.version, self.version, down, "evaluate") for i, c in enumerate(holders)]
-        backend = InProcess(self.site)
+        backend = InProcess(self.pool)
         replies = asyncio.run(drive(ask(tasks), backend, on_event=lambda now, event: self._check_stop()))
         return {client: dict(reply.metrics) for client, reply in replies.items()}
 

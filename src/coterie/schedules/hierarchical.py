@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from coterie.core.errors import ConfigError
-from coterie.core.gather import Gathered, gather
+from coterie.core.gather import Gathered, fold_request, gather
 from coterie.core.types import Algorithm, ClientId, Plan, Task
 from coterie.schedules.synchronous import Synchronous
 
@@ -53,15 +53,8 @@ class Hierarchical(Synchronous):
         group = {client: index * self.groups // len(clients) for index, client in enumerate(clients)}
         folds = []
         for index, relay in enumerate(self.relays):
-            below = [[task.client, task.id, task.memory] for task in tasks if group[task.client] == index]
-            if below:
-                config = {
-                    "tasks": below,
-                    "local": tasks[0].config,
-                    "timer": next(ids),
-                    "deadline": self.deadline,
-                }
-                folds.append(
-                    Task(next(ids), relay, tasks[0].version, tasks[0].round, tasks[0].down, "fold", config)
-                )
+            part = [task for task in tasks if group[task.client] == index]
+            if part:
+                timer = next(ids)
+                folds.append(fold_request(next(ids), relay, part, timer=timer, deadline=self.deadline))
         return (yield from gather(algorithm.aggregator, folds, on_nan=self.on_nan))

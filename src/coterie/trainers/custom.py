@@ -46,6 +46,7 @@ class Custom:
     """Runs the user's function on a fresh copy of the module for every task."""
 
     name = "custom"
+    width = 1
 
     def __init__(
         self, problem: Problem, seed: int | Key, fit: Callable[[nn.Module, ClientData, Context], Any]

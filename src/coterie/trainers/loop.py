@@ -87,6 +87,7 @@ class Loop:
     """fit(): local steps as the algorithm's ClientWork says."""
 
     name = "loop"
+    width = 1
 
     def __init__(self, problem: Problem, seed: int | Key) -> None:
         self.problem = problem

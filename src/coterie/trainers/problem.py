@@ -107,11 +107,12 @@ class Problem:
             ) from error
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         if self.task == "classification":
-            if isinstance(outputs, Tensor) and outputs.dim() >= 2 and outputs.shape[1] == classes:
+            wanted = (len(targets), classes, *targets.shape[1:])
+            if found == wanted:
                 return
             raise ConfigError(
                 f"the model gives {found} for inputs {tuple(inputs.shape)}; the data has {classes} labels",
-                f"the last layer must give [batch, {classes}] scores",
+                f"the last layer must give [{', '.join(map(str, ('batch', *wanted[1:])))}] scores",
             )
         if not (isinstance(outputs, Tensor) and outputs.numel() == targets.numel()):
             raise ConfigError(
