@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint docs check clean
+.PHONY: help demo test lint docs check bench-simulation clean
 
 help:
 	@echo "make demo    federate a small digit classifier and write its report"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation into site/"
 	@echo "make check   lint, test and docs"
+	@echo "make bench-simulation    the simulator against pfl and Flower (an hour; ARGS=... as run.py --help says)"
 	@echo "make clean   remove what builds and caches left; keeps $(VENV) and runs/"
 
 demo: $(VENV)/.installed
@@ -29,6 +30,9 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python -m mkdocs build --strict
 
 check: lint test docs
+
+bench-simulation: $(VENV)/.installed
+	$(BIN)/python benchmarks/simulation/run.py $(ARGS)
 
 clean:
 	rm -rf site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

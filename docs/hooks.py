@@ -21,7 +21,7 @@ import typer
 
 import coterie
 from coterie.algorithms import ALGORITHMS, OPTIMIZERS, Local
-from coterie.backends import DURATIONS
+from coterie.backends.system import AVAILABILITY, COMPUTE, DURATIONS, NETWORK
 from coterie.cli import app
 from coterie.data import DATASETS, PARTITIONS
 from coterie.experiment.assemble import AGGREGATORS
@@ -122,13 +122,16 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "api": api,
     "aggregators": lambda: kinds(AGGREGATORS),
     "algorithms": algorithms,
+    "availability": lambda: kinds(AVAILABILITY, ("key", "folder")),
     "client": lambda: keys(Local, ("optimizer",)),
     "commands": commands,
+    "compute": lambda: kinds(COMPUTE, ("key", "folder")),
     "config": config,
     "data": lambda: keys(data_settings),
     "datasets": lambda: kinds(DATASETS, ("folders",)),
     "durations": lambda: kinds(DURATIONS, ("key",)),
     "models": lambda: kinds(MODELS, ("input_shape", "outputs")),
+    "network": lambda: kinds(NETWORK, ("key", "folder")),
     "optimizers": lambda: kinds(OPTIMIZERS),
     "partitions": lambda: kinds(PARTITIONS, ("examples", "key")),
     "run": lambda: keys(run_settings),

@@ -83,7 +83,9 @@ class World:
         backend.send = send
 
         def on_commit(commit):
-            memories.commit(commit.resume["memory"])  # and never prune: tests look at all generations
+            flying = {task.id for task in commit.resume.get("flying", ())}
+            # and never prune: tests look at all generations
+            memories.commit(commit.version, commit.accepted, flying)
             commits.append(commit)
 
         plan = plan or schedule(algorithm, algorithm.init(self.problem.model()), self.clients)

@@ -1,8 +1,9 @@
 """Coterie through its public API, run folder and all.
 
-    python on_coterie.py WORK '{"set": ["backend.trainer=loop"]}'
+    python on_coterie.py WORK '{"set": ["backend.trainer=loop"], "fused": false}'
 
 `set` is what the command line's --set takes. A key that this version does not know skips the variant.
+`fused`: attention by torch's fused kernel.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     given = work.read(folder)
     gate = Gate(given.allotments)
-    module = given.module()
+    module = given.module(fused=options.get("fused", False))
     data = dataset(given.x, given.y, given.test_x, given.test_y, given.meta["classes"])
     done, notes = -1, []
 
@@ -75,14 +76,14 @@ def main() -> None:
             done = progress.round
             gate.tick()
 
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory(dir=folder) as out:
         try:
             settings = ct.load(config(given), options["set"])
             result = ct.run(settings, out=Path(out) / "run", watch=watch, model=module, dataset=data)
         except ct.ConfigError as error:
             gate.tell(skip=str(error).replace("\n", " "))
             return
-    torch.nn.Module.load_state_dict(module, {**result.model["params"], **result.model["buffers"]})
+    module.load_state_dict({**result.model["params"], **result.model["buffers"]})
     gate.tell(loss=given.test_loss(module), note="; ".join(dict.fromkeys(notes)))
 
 

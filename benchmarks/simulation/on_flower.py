@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def main(grid: Grid, context: Context) -> None:  # noqa: ARG001  Flower's signat
         del arrays
         if round == 0:
             while len(list(grid.get_node_ids())) < work.COHORT:
-                pass
+                time.sleep(0.05)
             GATE.open()
         else:
             GATE.tick()

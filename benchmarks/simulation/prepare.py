@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import work
 from on_coterie import config, dataset
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import coterie as ct
@@ -31,10 +30,7 @@ def flops(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> int:
 
     No input gradient of the first layer; element-wise work, pooling and the SGD step do not count.
     """
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):  # it knows no CPU flash kernel
+    with FlopCounterMode(display=False) as counter:
         work.loss(module(x[: work.BATCH]), y[: work.BATCH]).backward()
     return counter.get_total_flops() * -(-len(y) // work.BATCH)
 
@@ -44,7 +40,7 @@ def main() -> None:
     kind, data_dir = work.MODELS[name], options["data_dir"]
     data = {"images": work.images, "text": work.text}[kind.data](Path(data_dir) if data_dir else None)
     torch.manual_seed(options["seed"])
-    module = work.build(name, data.classes)
+    module = work.build(name, data.classes, fused=False)  # the counter knows no fused kernel of a CPU
     meta = {"model": name, "classes": data.classes, "origin": data.origin, **options}
     initial = {key: value.clone() for key, value in module.state_dict().items()}
     given = work.Work(data.x, data.y, data.test_x, data.test_y, torch.empty(0), torch.empty(0), initial, meta)

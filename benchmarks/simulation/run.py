@@ -58,9 +58,9 @@ class System:
     extra: bool = False  # only when asked for by its own name
 
 
-def coterie(*settings: str, **more: Any) -> System:
-    """A variant of Coterie. settings: as after --set."""
-    return System("on_coterie.py", "coterie", {"set": list(settings)}, **more)
+def coterie(*settings: str, fused: bool = False, **more: Any) -> System:
+    """A variant of Coterie. settings: as after --set. fused: attention by torch's fused kernel."""
+    return System("on_coterie.py", "coterie", {"set": list(settings), "fused": fused}, **more)
 
 
 def pfl(threads: int = 1, processes: int = 1, **more: Any) -> System:
@@ -149,7 +149,6 @@ class Process:
         for pid in tree:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        reap(tree)
 
     def cpu(self) -> float:
         """CPU seconds that it and its descendants have used."""
@@ -196,18 +195,18 @@ def cpu_seconds(pid: int) -> float:
 
 
 def adopt() -> None:
-    """Make orphans of our children our own children, for `reap` (Linux)."""
+    """Make orphans of our children our own children, for `sweep` (Linux)."""
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
-def reap(pids: list[int], seconds: float = 5) -> None:
-    """Collect these killed processes as they become orphans, and so our children."""
+def sweep(seconds: float = 5) -> None:
+    """Kill and collect whatever is left of our children's children. Our own have ended."""
     end = time.monotonic() + seconds
-    while pids and time.monotonic() < end:
-        for pid in pids:
-            with contextlib.suppress(ChildProcessError):
+    while (left := descendants(os.getpid())) and time.monotonic() < end:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, os.WNOHANG)
-        pids = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
         time.sleep(0.02)
 
 
@@ -267,6 +266,7 @@ def measure(model: str, names: list[str], options: argparse.Namespace) -> dict[s
     finally:
         for process in processes.values():
             process.end()
+        sweep()
         shutil.rmtree(folder, ignore_errors=True)
     peak = {kind: max(each[kind] for each in peaks) for kind in ("float32", "bfloat16")} if peaks else {}
     return {
@@ -284,14 +284,11 @@ def prepared(model: str, folder: Path, allotments: list[int], options: argparse.
     """Write the work folder in a process of its own; its facts."""
     said = {"allotments": allotments, "data_dir": options.data_dir, "seed": options.seed}
     command = [sys.executable, str(HERE / "prepare.py"), model, str(folder), json.dumps(said)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(SYSTEMS["coterie"]),
-        timeout=options.timeout,
-    )
+    limits = {"env": environment(SYSTEMS["coterie"]), "timeout": options.timeout}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **limits)
+    except subprocess.TimeoutExpired as late:
+        raise SystemExit(f"preparing the work of {model} took longer than {late.timeout:.0f} s") from None
     if done.returncode:
         raise SystemExit(f"cannot prepare the work of {model}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)  # type: ignore[no-any-return]
@@ -380,7 +377,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
         for rival in rivals.values():
             found = ratio(result, name, rival) if rival != name else None
             row.append(spread(*found, unit="x") if found else "-")
-        loss = "-" if facts["loss"] is None else f"{facts['loss']:.5f}"
+        loss = "FAILED" if facts["loss"] is None else f"{facts['loss']:.5f}"
         made.append(
             [*row, f"{100 * share:.1f} %", f"{facts['start_seconds'] + facts['warm_seconds']:.1f} s", loss]
         )
@@ -550,7 +547,8 @@ def main() -> int:
         return 0
     adopt()
     RESULTS.mkdir(exist_ok=True)
-    names = selected(options.systems)
+    asked = [variant.partition(":")[0].strip() for variant in options.variant]
+    names = list(dict.fromkeys([*selected(options.systems), *asked]))
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),

@@ -26,9 +26,8 @@ COHORT = 20  # clients a round
 SAMPLES = 100  # of each client
 BATCH = 10
 STEPS = 80  # characters of a text example
-EMBEDDING, HIDDEN = 16, 128  # of the character GRU
+EMBEDDING, HIDDEN = 8, 128  # of the character GRU
 WIDTH, HEADS, LAYERS = 128, 4, 2  # of the transformer
-EVERY_POSITION = False  # predict the next character at every position, or only after the last one
 
 
 def softmax() -> nn.Module:
@@ -64,7 +63,7 @@ def mcmahan_cnn() -> nn.Module:
 
 
 class CharGRU(nn.Module):
-    """Characters [B, T] -> scores of the next one: [B, V], or [B, V, T] at every position."""
+    """Characters [B, T] -> scores of each one's successor [B, V, T]: coterie.models.char_gru."""
 
     def __init__(self, characters: int) -> None:
         super().__init__()
@@ -73,46 +72,59 @@ class CharGRU(nn.Module):
         self.head = nn.Linear(HIDDEN, characters)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _scores(self.gru(self.embedding(x))[0], self.head)
+        return self.head(self.gru(self.embedding(x))[0]).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: torch's fused kernel, or written out as in coterie.models.transformer.
+
+    One client after the other, the fused kernel is about 15 % faster in float32 on a CPU: rivals get it.
+    """
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, 2)
+        )
+        if self.fused:
+            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            scores = query @ key.transpose(2, 3) / math.sqrt(WIDTH // HEADS)
+            ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            mixed = scores.masked_fill(ahead, -math.inf).softmax(3) @ value
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer with causal attention [B, T, d] -> [B, T, d]."""
+    """A pre-norm transformer layer [B, T, d] -> [B, T, d]."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool) -> None:
         super().__init__()
-        self.before, self.between = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.into, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.feed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.ReLU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(WIDTH), Attention(fused), nn.LayerNorm(WIDTH)
+        self.dense = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
-    def forward(self, h: Tensor) -> Tensor:
-        b, t, d = h.shape
-        query, key, value = (
-            part.reshape(b, t, HEADS, d // HEADS).transpose(1, 2)
-            for part in self.into(self.before(h)).chunk(3, dim=-1)
-        )
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        h = h + self.out(mixed.transpose(1, 2).reshape(b, t, d))
-        return h + self.feed(self.between(h))
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.dense(self.norm2(x))
 
 
 class Transformer(nn.Module):
-    """Characters [B, T] -> scores of the next one: [B, V], or [B, V, T] at every position."""
+    """Characters [B, T] -> scores of each one's successor [B, V, T]: coterie.models.transformer."""
 
-    def __init__(self, characters: int) -> None:
+    def __init__(self, characters: int, fused: bool) -> None:
         super().__init__()
-        self.embedding, self.place = nn.Embedding(characters, WIDTH), nn.Embedding(STEPS, WIDTH)
-        self.blocks = nn.Sequential(*[Block() for _ in range(LAYERS)])
+        self.characters, self.positions = nn.Embedding(characters, WIDTH), nn.Embedding(STEPS, WIDTH)
+        self.blocks = nn.Sequential(*(Block(fused) for _ in range(LAYERS)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, characters)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.embedding(x) + self.place.weight
-        return _scores(self.norm(self.blocks(h)), self.head)
-
-
-def _scores(h: Tensor, head: nn.Module) -> Tensor:
-    scores: Tensor = head(h if EVERY_POSITION else h[:, -1])
-    return scores.transpose(1, 2) if EVERY_POSITION else scores
+        places = torch.arange(x.shape[1])
+        h = self.blocks(self.characters(x) + self.positions(places))
+        return self.head(self.norm(h)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -203,7 +215,7 @@ def _windows(role: np.ndarray) -> np.ndarray:
 def _as_text(windows: np.ndarray, characters: int, origin: str) -> Data:
     """windows int64 [POPULATION + a few, SAMPLES, STEPS + 1]."""
     whole = torch.from_numpy(windows)
-    x, y = whole[..., :-1].contiguous(), (whole[..., 1:] if EVERY_POSITION else whole[..., -1]).contiguous()
+    x, y = whole[..., :-1].contiguous(), whole[..., 1:].contiguous()
     rest = slice(POPULATION, None)
     return Data(
         x[:POPULATION], y[:POPULATION], x[rest].flatten(0, 1), y[rest].flatten(0, 1), characters, origin
@@ -214,7 +226,7 @@ def _synthetic_images() -> Data:
     draw = np.random.default_rng(0)
     centres = draw.standard_normal((10, 1, 28, 28))
     y = draw.integers(10, size=POPULATION * SAMPLES + 1000)
-    x = torch.from_numpy((centres[y] + 2 * draw.standard_normal((len(y), 1, 28, 28))).astype(np.float32))
+    x = torch.from_numpy((centres[y] / 12 + draw.standard_normal((len(y), 1, 28, 28))).astype(np.float32))
     y, count = torch.from_numpy(y), POPULATION * SAMPLES
     shape = (POPULATION, SAMPLES)
     return Data(
@@ -273,9 +285,9 @@ class Work:
         """How many rounds to run at each word of the driver: warm-up, repetitions, one for the end."""
         return list(self.meta["allotments"])
 
-    def module(self) -> nn.Module:
-        """The model with its initial weights."""
-        made = build(self.meta["model"], self.meta["classes"])
+    def module(self, *, fused: bool = True) -> nn.Module:
+        """The model with its initial weights. fused: see Attention."""
+        made = build(self.meta["model"], self.meta["classes"], fused=fused)
         made.load_state_dict(self.initial)
         return made
 
@@ -296,10 +308,11 @@ class Work:
         return float(sum(losses)) / len(self.test_y)  # type: ignore[arg-type]
 
 
-def build(model: str, classes: int) -> nn.Module:
+def build(model: str, classes: int, *, fused: bool = True) -> nn.Module:
     """A model by its name, with weights from torch's global generator."""
-    kind = MODELS[model]
-    return kind.build(classes) if kind.data == "text" else kind.build()
+    if model == "transformer":
+        return Transformer(classes, fused)
+    return CharGRU(classes) if model == "gru" else MODELS[model].build()
 
 
 def loss(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def test_follows_algorithm_1_with_a_part_of_the_clients(weighting, local):
         np.testing.assert_allclose(theta(commit.state["model"]), x, **CLOSE)
         np.testing.assert_allclose(theta(commit.state["control"]), c, **CLOSE)
     assert any(task.memory is not None for task in outcome.sent)
-    for client, generation in outcome.commits[-1].resume["memory"].items():
+    for client, generation in outcome.memories.at(outcome.commits[-1].version).items():
         np.testing.assert_allclose(theta(outcome.memories.get(client, generation)), controls[client], **CLOSE)
 
 
@@ -52,7 +52,7 @@ def test_the_servers_control_is_the_mean_of_the_clients_whoever_drops_out():
     schedule = Synchronous(rounds=8, cohort=4, key=KEY)
     outcome = WORLD.play(algorithm, schedule, dropped=drop_out(0.3, key=derive(1, "drop")))
     for commit in outcome.commits:
-        memory = commit.resume["memory"]
+        memory = outcome.memories.at(commit.version)
         kept = [theta(outcome.memories.get(client, generation)) for client, generation in memory.items()]
         np.testing.assert_allclose(theta(commit.state["control"]), sum(kept) / N, rtol=0, atol=1e-12)
     assert 0 < len(outcome.trained) < len(outcome.sent)

@@ -110,8 +110,8 @@ def test_refuses_what_relays_cannot_do(wrong):
 class ThreeLevels(Hierarchical):
     """Two regions between the server and the relays: a region's task holds its relays' tasks."""
 
-    def collect(self, algorithm, tasks, clients, cohort, ids):
-        plan = super().collect(algorithm, tasks, clients, cohort, ids)
+    def collect(self, algorithm, tasks, places, among, cohort, ids):
+        plan = super().collect(algorithm, tasks, places, among, cohort, ids)
         folds = next(plan)
         plan.close()
         regions = [

@@ -48,8 +48,8 @@ def test_what_gathering_says_is_understood():
     next(plan)
     plan.send(Lost(tasks[0], "dropped out"))
     plan.send(Reply(tasks[1], {"w": torch.tensor([math.nan])}, 1.0))
+    plan.send(Tick(9, 2.5))
     with pytest.raises(StopIteration) as end:
-        plan.send(Tick(9, 2.5))
         next(plan)
     assert why(end.value.value.fold.lost) == {"dropped out": 1, "late": 1, "not finite": 1}
     got = Gathered(empty(mean()))

@@ -16,7 +16,7 @@ from coterie.algorithms import Local, fedavg, scaffold
 from coterie.backends import drop_out
 from coterie.core import ConfigError, Lost, NonFinite, QuorumLost, Reply, derive
 from coterie.core.trees import digest
-from coterie.schedules import Synchronous
+from coterie.schedules import Buffered, Hierarchical, Synchronous, synchronous
 from coterie.trainers import Loop
 from worlds import KEY, linear_world
 
@@ -44,7 +44,8 @@ def test_cohorts_are_drawn_without_replacement_and_fairly(sampling):
     schedule = Synchronous(rounds=1, cohort=2, sampling=sampling, size=sizes.__getitem__, key=KEY)
     p = {k: size / 12 if sampling == "weighted" else 0.25 for k, size in sizes.items()}
     pairs = {(i, j): p[i] * p[j] / (1 - p[i]) for i, j in permutations(sizes, 2)}
-    drawn = Counter(tuple(schedule.draw(tuple(sizes), 2, round)) for round in range(8000))
+    names, odds = tuple(sizes), schedule.odds(tuple(sizes))
+    drawn = Counter(tuple(names[i] for i in schedule.draw(4, 2, round, odds)) for round in range(8000))
     assert chi_square(drawn, pairs) > FALSE_ALARM
     other = dict.fromkeys(pairs, 1 / 12)  # the test can tell one from the other
     assert (chi_square(drawn, other) > FALSE_ALARM) == (sampling == "uniform")
@@ -52,12 +53,56 @@ def test_cohorts_are_drawn_without_replacement_and_fairly(sampling):
 
 def test_draws_depend_on_the_key_and_the_round():
     schedule = Synchronous(rounds=1, cohort=2, key=KEY)
-    clients = [str(index) for index in range(40)]
-    first = schedule.draw(clients, 20, 0)
+    first = schedule.draw(40, 20, 0)
     assert sorted(set(first)) == sorted(first)
-    assert schedule.draw(clients, 20, 0) == first
-    assert schedule.draw(clients, 20, 1) != first
-    assert replace(schedule, key=derive(KEY, "other")).draw(clients, 20, 0) != first
+    assert set(first) <= set(range(40))
+    assert schedule.draw(40, 20, 0) == first
+    assert schedule.draw(40, 20, 1) != first
+    assert replace(schedule, key=derive(KEY, "other")).draw(40, 20, 0) != first
+
+
+def test_weighted_draws_from_many_have_the_same_odds(monkeypatch):
+    """The draw that never looks at all clients, where it is drawn again and again: one holds half of all."""
+    monkeypatch.setattr(synchronous, "FEW", 99)
+    sizes = dict(zip("abc", (50.0, 30.0, 19.03), strict=True)) | {f"{i}": 0.01 for i in range(97)}
+    schedule = Synchronous(rounds=1, cohort=2, sampling="weighted", size=sizes.__getitem__, key=KEY)
+    names, odds = [*sizes], schedule.odds([*sizes])
+    p = {name: sizes[name] / 100 for name in "abc"} | {"rest": 0.0097}
+    drawn = [[names[i] for i in schedule.draw(100, 2, round, odds)] for round in range(8000)]
+    assert all(first != second for first, second in drawn)
+    pairs = Counter(tuple(name if name in p else "rest" for name in pair) for pair in drawn)
+    chances = {(i, j): p[i] * p[j] / (1 - p[i]) for i, j in permutations("abc", 2)}
+    chances |= {("rest", "any"): p["rest"]} | {(i, "rest"): p[i] * p["rest"] / (1 - p[i]) for i in "abc"}
+    cells = Counter({("rest", "any") if i == "rest" else (i, j): 0 for i, j in pairs})
+    for (i, j), count in pairs.items():
+        cells["rest" if i == "rest" else i, "any" if i == "rest" else j] += count
+    assert chi_square(cells, chances) > FALSE_ALARM
+
+
+def test_a_cohort_of_a_million_costs_what_the_cohort_costs():
+    """Nobody looks at all clients: not to draw, nor to remember; those who were drawn are asked by place."""
+
+    class Million:
+        asked = 0
+
+        def __len__(self):
+            return 1_000_000
+
+        def __getitem__(self, place):
+            Million.asked += 1
+            return f"client-{place}"
+
+    for schedule in (
+        Synchronous(rounds=1, cohort=5, key=KEY),
+        Hierarchical(rounds=1, cohort=5, groups=2, key=KEY),
+        Buffered(rounds=1, concurrency=5, key=KEY),
+    ):
+        Million.asked = 0
+        plan = schedule(FEDAVG, FEDAVG.init(WORLD.problem.model()), Million())
+        tasks = next(plan)
+        assert tasks
+        plan.close()
+        assert Million.asked == 5
 
 
 @pytest.mark.parametrize(("cohort", "asked"), [(4, 4), (0.5, 3), (0.51, 4), (1.0, 6), (0.01, 1), (1, 1)])

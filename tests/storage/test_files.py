@@ -1,21 +1,16 @@
 import json
 import math
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from coterie.core.errors import ConfigError, RunError
-from coterie.core.seeds import derive, rng
 from coterie.core.types import Task
-from coterie.storage import Memories, RunFolder, load_tree, save_tree
+from coterie.storage import RunFolder, load_tree, save_tree
 from coterie.storage.files import _DTYPES, write_atomic
-from coterie.storage.memories import folder_name
 
 
 def test_a_tree_comes_back_with_ordinary_writable_tensors(tmp_path):
@@ -80,87 +75,6 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
-
-
-@given(st.lists(st.text(), unique=True, min_size=2, max_size=20))
-def test_client_folders_are_distinct_safe_components(clients):
-    names = [folder_name(client) for client in clients]
-    assert len({name.casefold() for name in names}) == len(names)
-    assert all(re.fullmatch(r"[a-z0-9_-]{1,120}", name) for name in names)
-
-
-def test_client_folders_of_hostile_names():
-    clients = [
-        "../../x",
-        "/etc",
-        ".",
-        "..",
-        "",
-        "a" * 5000,
-        "A",
-        "a",
-        "_41",
-        "a/b",
-        "a\0b",
-        "\ud800",
-        ".partial",
-    ]
-    test_client_folders_are_distinct_safe_components.hypothesis.inner_test(clients)
-    assert folder_name("client-01") == "client-01"
-
-
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_memories_against_brute_force(tmp_path, on_disk):
-    """Random commits, lost tasks, restarts: what checkpoints refer to is there, and nothing else."""
-    draw = rng(derive(3, "memories", str(on_disk)))
-    folder = tmp_path if on_disk else None
-    memories, truth, current, kept = Memories(folder, 150), {}, {}, [{}]
-    clients = [f"c{i}" for i in range(6)]
-    files = lambda: {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.safetensors")}  # noqa: E731
-    for generation in range(0, 400, 4):
-        asked = draw.choice(clients, size=3, replace=False).tolist()
-        for offset, client in enumerate(asked):
-            truth[client, generation + offset] = float(draw.random())
-            memories.put(
-                client, generation + offset, torch.tensor([truth[client, generation + offset]]).expand(10)
-            )
-        memories.forget(asked[0], generation)
-        accepted = {client: generation + i for i, client in enumerate(asked) if i and draw.random() < 0.8}
-        memories.commit(accepted)
-        if on_disk and draw.random() < 0.1:  # killed before the checkpoint: the commit never happened
-            memories = Memories(folder, 150)
-            continue
-        current = current | accepted
-        kept = [*kept, current][-2:]
-        memories.prune(kept)
-        for mapping in kept:
-            for client, g in mapping.items():
-                assert memories.get(client, g).tolist() == torch.full((10,), truth[client, g]).tolist()
-        if on_disk:
-            wanted = {f"{c}/{g}.safetensors" for mapping in kept for c, g in mapping.items()}
-            assert wanted <= files()
-            changed = set(accepted)  # the others may hold what a kill left, until they change
-            assert {f for f in files() if f.split("/")[0] in changed} <= wanted
-            assert memories._cached_bytes <= 150
-        else:
-            held = {(c, g) for c, trees in memories._cache.items() for g in trees}
-            assert held == {(c, g) for mapping in kept for c, g in mapping.items()}
-        assert all(g > current.get(c, -1) for c, held in memories._pending.items() for g in held)
-
-
-def test_memories_edges(tmp_path):
-    for memories in (Memories(), Memories(tmp_path)):
-        assert memories.get("a", None) is None
-        with pytest.raises(RunError, match=r"generation 3|3\.safetensors is missing"):
-            memories.get("a", 3)
-        memories.put("a", 3, torch.ones(2))
-        memories.prune([{"a": 2}])  # not accepted yet: its reply is on its way
-        memories.commit({"a": 3, "b": 9})
-        assert memories.get("a", 3).tolist() == [1, 1]
-    (tmp_path / "b").mkdir()
-    (tmp_path / "a" / "3.safetensors").rename(tmp_path / "b" / "3.safetensors")
-    with pytest.raises(RunError, match="another client's memory"):
-        Memories(tmp_path).get("b", 3)
 
 
 def test_run_folders_are_numbered_without_races(tmp_path):

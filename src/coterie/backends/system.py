@@ -256,7 +256,7 @@ def bernoulli(*, online: float = 0.8, period: float = 3600.0, key: Key) -> Onlin
     return stays
 
 
-def daily(*, online: float = 1 / 3, spread: float = 1.0, period: float = DAY, key: Key) -> Online:
+def daily(*, online: float = 0.3, spread: float = 1.0, period: float = DAY, key: Key) -> Online:
     """Online for one stretch of each day, such as a telephone that charges at night.
 
     online: the stretch, as a share of the day. It begins at a moment of the client's own, uniform in the

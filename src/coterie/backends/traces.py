@@ -85,7 +85,7 @@ def _joined(pairs: Sequence[tuple[float, float]]) -> Stretches:
 
 def _rows(file: Path, columns: Sequence[str], folder: Path) -> Iterator[tuple[str, ClientId, list[str]]]:
     """Yield ("FILE, line 7", client, texts of the columns) for every line below the head."""
-    path = next((place for place in (folder / file, file) if place.exists()), folder / file)
+    path = next((place for place in (folder / file, Path(file)) if place.exists()), folder / file)
     wanted = ("client", *columns)
     line, lines, empty = 0, None, True
     try:

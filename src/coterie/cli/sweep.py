@@ -80,11 +80,12 @@ def _print(result: SweepResult) -> None:
     columns, lines = table(result.rows, axes, result.metric)
     shown = Table(box=None)
     for index, title in enumerate((*columns, "")):
-        shown.add_column(Text(title), justify="left" if index < len(axes) else "right", no_wrap=True)
+        left = index < len(axes) or not title
+        shown.add_column(Text(title), justify="left" if left else "right", no_wrap=True)
     for row, line in zip(result.rows, lines, strict=True):
-        cells = [*line, "best" if row["best"] else ""]
-        shown.add_row(*map(Text, cells), style="bold" if row["best"] else None)
-    width = sum(max(len(line[i]) for line in [columns, *lines]) + 3 for i in range(len(columns))) + 8
+        last = "best" if row["best"] else "".join(row["errors"][:1])
+        shown.add_row(*map(Text, [*line, last]), style="bold" if row["best"] else None)
+    width = sum(max(len(line[i]) for line in [columns, *lines]) + 3 for i in range(len(columns))) + 100
     console = Console()
     Console(width=max(width, console.width)).print(shown)
 

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
 
 from coterie.core.types import ClientId, Task
+
+WORTH_TWO = 8  # clients that are cut into two blocks rather than one, for a second core
 
 
 def pack(tasks: Sequence[Task], size: Callable[[ClientId], int], width: int) -> list[list[Task]]:
     """Cut tasks into blocks of up to `width` of one version and config, the largest clients first.
 
-    Neighbours in size share a block. A function of the tasks alone: the same blocks on every machine.
+    Neighbours in size share a block; blocks are equally long, and even in number where there are several.
+    A function of the tasks alone: the same blocks whoever works on them.
     """
-    order = sorted(tasks, key=lambda task: (task.version, -size(task.client)))
     blocks: list[list[Task]] = []
-    for task in order:
-        last = blocks[-1] if blocks else []
-        if last and len(last) < width and task.version == last[0].version and task.config == last[0].config:
-            last.append(task)
-        else:
-            blocks.append([task])
-    return blocks
+    sizes = {task.client: size(task.client) for task in tasks}
+    configs: list[object] = []  # few; those of one version usually are one object
+
+    def kind(task: Task) -> tuple[int, int]:
+        if task.config not in configs:
+            configs.append(task.config)
+        return task.version, configs.index(task.config)
+
+    order = sorted(tasks, key=lambda task: (kind(task), -sizes[task.client]))
+    for _, group in groupby(order, key=kind):
+        alike = list(group)
+        count = -(-len(alike) // width)
+        if len(alike) >= WORTH_TWO and width > 1:
+            count += count % 2
+        ends = [len(alike) * index // count for index in range(count + 1)]
+        blocks += [alike[start:end] for start, end in pairwise(ends)]
+    return sorted(blocks, key=lambda block: -len(block) * max(sizes[task.client] for task in block))

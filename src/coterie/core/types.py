@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 Tree = Any  # nested dicts, tuples and lists whose leaves are tensors (and, in states, plain JSON values)
@@ -91,13 +92,15 @@ class Cancel(NamedTuple):
 class Commit(NamedTuple):
     """A new version of the state. `state["model"]` is what is evaluated and kept at the end.
 
-    resume: all that the plan needs to go on from here (next ids, tasks in flight, client generations).
+    resume: what the plan needs to go on from here (next ids, tasks in flight). To start a schedule from it,
+    add "memory": client -> generation, the union of all that was accepted up to this commit.
     """
 
     version: int
     state: Tree
     resume: Tree
     metrics: Mapping[str, Any]
+    accepted: Mapping[ClientId, int] = MappingProxyType({})  # whose memory is now of which task
 
 
 Event = Task | Reply | Lost | Tick  # a Task arrives at a relay or at a peer
@@ -160,7 +163,7 @@ class Schedule(Protocol):
     def __call__(
         self, algorithm: Algorithm, state: Tree, clients: Sequence[ClientId], resume: Tree = None
     ) -> Plan[Tree]:
-        """Return the plan that ends with the final state. `resume` is a Commit's."""
+        """Return the plan that ends with the final state. `resume` is a Commit's, with "memory" added."""
 
 
 class Backend(Protocol):

@@ -33,6 +33,7 @@ from coterie.data.datasets import (
     pneumoniamnist,
     shakespeare,
 )
+from coterie.data.lazy import Lazy, Numbered, spread
 from coterie.data.partitions import (
     PARTITIONS,
     Partition,
@@ -45,6 +46,7 @@ from coterie.data.partitions import (
     natural,
     pathological,
     power_law,
+    sampled,
     shards,
 )
 from coterie.data.population import Population, batches, populate
@@ -59,6 +61,8 @@ __all__ = [
     "ClientData",
     "Dataset",
     "Examples",
+    "Lazy",
+    "Numbered",
     "Partition",
     "Population",
     "Statistics",
@@ -86,6 +90,8 @@ __all__ = [
     "pneumoniamnist",
     "populate",
     "power_law",
+    "sampled",
     "shakespeare",
     "shards",
+    "spread",
 ]

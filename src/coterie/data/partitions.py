@@ -1,6 +1,7 @@
 """Partitions: who holds which rows. Pure functions of the examples, a key and the config's keywords.
 
-Each returns {client id: sorted row indices, int64}; every row has exactly one owner and no client is empty.
+Each returns {client id: sorted row indices, int64} and no client is empty. Every row has exactly one owner,
+except with `sampled`, whose clients exist only when they are looked at, and share the rows, shuffled.
 The ids are "client-000", "client-001", ... or, for `natural`, "column=value". The draws depend on the key
 alone; `feature_skew` also computes with floats, so its ties can fall otherwise on another type of CPU.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import quote
 
 import numpy as np
@@ -19,9 +20,10 @@ import torch
 from coterie.core.errors import ConfigError, DataError
 from coterie.core.seeds import Key, derive, rng
 from coterie.core.types import ClientId
+from coterie.data.lazy import Numbered, Sampled
 from coterie.data.types import Column, Examples, Floats, Rows
 
-Partition = dict[ClientId, Rows]
+Partition = Mapping[ClientId, Rows]
 REDRAWS = 100
 SAMPLED_ROWS = 2048  # enough to find a principal direction, and keeps large images affordable
 POWER_STEPS = 50
@@ -230,6 +232,42 @@ def feature_skew(examples: Examples, *, key: Key, clients: int, sigma: float = 0
     return _deal(order, _even(n, clients), clients)
 
 
+def sampled(
+    examples: Examples,
+    *,
+    key: Key,
+    clients: int,
+    samples: int = 100,
+    sigma: float = 0.0,
+    alpha: float | None = None,
+    bins: int | None = None,
+) -> Partition:
+    """Draw each client's rows anew when it is asked for: any number of clients, which share the rows.
+
+    For simulations at scale: what a client has depends on the key and its id alone. Its rows are distinct,
+    but other clients have them too, so one client's test rows are training rows of others.
+    samples: rows of a client; with sigma > 0 the median of log-normal sizes exp(sigma z), at most all rows.
+    alpha: draw each client's label shares from Dirichlet(alpha p), p those of the data (Hsu, Qi and Brown
+    2019, arXiv:1909.06335, section 3); None: all rows alike. bins: as in `dirichlet`.
+    Raises ConfigError for a bad number, or more samples than rows.
+    """
+    n = len(examples)
+    _count("sampled", "clients", clients)
+    if _count("sampled", "samples", samples) > n:
+        raise ConfigError(f"sampled(samples={samples}): the data has only {n} rows", f"use at most {n}")
+    _check_sigma("sampled", sigma, "0 is even, 2 is very uneven")
+    order, pools = np.arange(n), np.array([n])
+    if alpha is not None:
+        if not (alpha > 0 and math.isfinite(alpha)):
+            raise ConfigError(
+                f"sampled(alpha={alpha}): alpha must be > 0 and finite",
+                "1 is very uneven, 1000 is almost even",
+            )
+        labels, pools = _labels("sampled", examples, bins)
+        order = np.argsort(labels, kind="stable")
+    return Sampled(Numbered(clients), key, pools, order, samples, sigma, alpha)
+
+
 PARTITIONS: dict[str, Callable[..., Partition]] = {
     "iid": iid,
     "dirichlet": dirichlet,
@@ -241,6 +279,7 @@ PARTITIONS: dict[str, Callable[..., Partition]] = {
     "hash": by_hash,
     "range": by_range,
     "feature_skew": feature_skew,
+    "sampled": sampled,
 }
 
 
@@ -258,8 +297,7 @@ def _collect(owner: Rows, names: Sequence[str]) -> Partition:
 
 
 def _names(clients: int) -> list[str]:
-    width = max(3, len(str(clients - 1)))
-    return [f"client-{i:0{width}d}" for i in range(clients)]
+    return list(Numbered(clients))
 
 
 def _name(column: str, value: object) -> str:

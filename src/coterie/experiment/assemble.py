@@ -23,9 +23,9 @@ from coterie.models import MODELS
 from coterie.schedules import SCHEDULES, STALENESS, Buffered, Gossip
 from coterie.schedules.synchronous import share
 from coterie.storage import Memories
-from coterie.trainers import Custom, Loop, Problem
+from coterie.trainers import Custom, Loop, Problem, Vectorised
 
-TRAINERS = ("auto", "loop", "custom")
+TRAINERS = ("auto", "vectorised", "loop", "custom")
 AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = {"krum": krum, "mean": mean}
 
 
@@ -40,7 +40,7 @@ class Parts:
     local: Local
     algorithm: Algorithm
     schedule: Any
-    trainer: Loop | Custom
+    trainer: Loop | Custom | Vectorised
     note: str  # which trainer was chosen, and why
     test: tuple[Tensor, Tensor]  # the global test set
 
@@ -85,7 +85,7 @@ def assemble(
     problem, initial = _problem(config, dataset, model)
     local, algorithm = _algorithm(config, len(population.clients))
     schedule = _schedule(config, population)
-    trainer, note = _trainer(config, problem, fit)
+    trainer, note = _trainer(config, problem, algorithm, population, fit)
     test = _test(population)
     problem.check(test[0][:2], test[1][:2], len(dataset.classes) if dataset.classes else None)
     made = Parts(config, population, problem, initial, local, algorithm, schedule, trainer, note, test)
@@ -157,7 +157,9 @@ def resolved(config: Config) -> dict[str, Any]:
     out["algorithm"] = {**parts.resolve(ALGORITHMS, rest, "algorithm", given), **tables}
     staleness = config.schedule.get("staleness")
     section = {name: value for name, value in config.schedule.items() if name != "staleness"}
-    out["schedule"] = parts.resolve(SCHEDULES, section, "schedule", ("key", "size", "on_nan", "staleness", "pooled"))
+    out["schedule"] = parts.resolve(
+        SCHEDULES, section, "schedule", ("key", "size", "on_nan", "staleness", "pooled")
+    )
     if staleness:
         out["schedule"]["staleness"] = parts.resolve(STALENESS, staleness, "schedule.staleness")
     return out
@@ -238,8 +240,14 @@ def _schedule(config: Config, population: Population) -> Any:
     return parts.build(SCHEDULES, section, "schedule", provided)
 
 
-def _trainer(config: Config, problem: Problem, fit: Callable[..., Any] | None) -> tuple[Loop | Custom, str]:
-    settings = config.backend.get("trainer", "auto")
+def _trainer(
+    config: Config,
+    problem: Problem,
+    algorithm: Algorithm,
+    population: Population,
+    fit: Callable[..., Any] | None,
+) -> tuple[Loop | Custom | Vectorised, str]:
+    settings = config.backend["trainer"]
     section = {"kind": settings} if isinstance(settings, str) else dict(settings)
     kind = "custom" if fit is not None else section.pop("kind", "auto")
     if kind not in TRAINERS:
@@ -257,7 +265,19 @@ def _trainer(config: Config, problem: Problem, fit: Callable[..., Any] | None) -
                 )
             fit = parts.load_object(section["fit"], "backend.trainer.fit", config.folder)
         return Custom(problem, seed, fit), "trainer: custom (your own fit)"
-    return Loop(problem, seed), "trainer: loop (one client after the other)"
+    if kind == "loop":
+        return Loop(problem, seed), "trainer: loop (one client after the other)"
+    options = {name: config.backend[name] for name in ("block", "compile", "precision")}
+    trainer = Vectorised(problem, seed, **options)
+    clients = [population.clients[0], population.clients[-1]]
+    obstacle = trainer.obstacle(algorithm, [population.data(client) for client in clients])
+    if not obstacle:
+        return trainer, f"trainer: vectorised ({trainer.told()})"
+    if kind == "vectorised":
+        raise ConfigError(
+            f"backend.trainer = 'vectorised': {obstacle[0]}", f'{obstacle[1]}; or set trainer = "loop"'
+        )
+    return Loop(problem, seed), f"trainer: loop, because {obstacle[0]} ({obstacle[1]})"
 
 
 def _test(population: Population) -> tuple[Tensor, Tensor]:
@@ -277,14 +297,6 @@ def _refuse_unbuilt(config: Config) -> None:
     """Name what a config may hold one day, and this version does not have."""
     if config.transforms:
         raise ConfigError("transforms: this version has none yet", "leave [[transforms]] out")
-    if config.backend["kind"] != "inprocess":
-        raise ConfigError(
-            f"backend.kind = {config.backend['kind']!r}: no such backend", 'there is: "inprocess"'
-        )
-    known = {"kind", "trainer"}
-    for key in config.backend:
-        if key not in known:
-            raise ConfigError(f"backend.{key}: unknown key", f"backend takes: {', '.join(sorted(known))}")
 
 
 def _refuse_pairs(made: Parts) -> None:

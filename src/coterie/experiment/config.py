@@ -53,13 +53,16 @@ class Config:
                 f"name = {self.name!r}: a folder's name: letters, digits, '-', '_' and '.' only",
                 "for example: mnist-dirichlet",
             )
-        for section, check in (("data", data_settings), ("run", run_settings)):
+        for section, check in (
+            ("data", data_settings),
+            ("backend", backend_settings),
+            ("run", run_settings),
+        ):
             object.__setattr__(
                 self, section, parts.call(check, getattr(self, section), section, label=f"[{section}]")
             )
-        object.__setattr__(self, "backend", {"kind": "inprocess", **self.backend})
         _kinds(self.data["partition"], "data.partition")
-        for section in ("model", "algorithm", "schedule", "backend"):
+        for section in ("model", "algorithm", "schedule"):
             _kinds(getattr(self, section), section)
         for index, transform in enumerate(self.transforms):
             _kinds(transform, f"transforms[{index}]")
@@ -74,6 +77,28 @@ def data_settings(*, dataset: str, partition: Section, holdout: float = 0.1, **l
             f"data.holdout = {holdout}: must be >= 0 and < 1", "0.1 keeps a tenth for each client's test"
         )
     return {"dataset": dataset, "partition": partition, "holdout": holdout, **loader}
+
+
+def backend_settings(
+    *,
+    kind: Literal["inprocess"] = "inprocess",
+    trainer: str | Section = "auto",
+    workers: int = 1,
+    block: Literal["auto"] | int = "auto",
+    compile: bool = False,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Section:
+    """What `[backend]` takes: where clients train, and how.
+
+    workers: processes of this machine. block: clients that the vectorised trainer takes together. compile:
+    let torch.compile fuse its graphs (a minute at the start). precision: the type it multiplies in.
+    """
+    settings = dict(locals())
+    if workers < 1:
+        raise ConfigError(f"backend.workers = {workers}: must be >= 1")
+    if block != "auto" and block < 2:
+        raise ConfigError(f"backend.block = {block}: must be >= 2", '"auto" chooses by the model\'s size')
+    return settings
 
 
 def run_settings(

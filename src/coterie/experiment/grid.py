@@ -104,6 +104,7 @@ def split(text: str) -> list[str]:
 
 def toml(value: Any) -> str:
     """The value as TOML on one line, as an override takes it. None is "none". Raises ConfigError."""
+    value = value.item() if hasattr(value, "item") else value  # a scalar of numpy or torch
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None or isinstance(value, str | Path):
@@ -114,8 +115,6 @@ def toml(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(str(key))} = {toml(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
-    if hasattr(value, "item"):  # a scalar of numpy or torch
-        return toml(value.item())
     raise ConfigError(f"grid: {value!r} cannot be written into a config", "give numbers, text, tables, lists")
 
 

@@ -295,8 +295,8 @@ def _by_device(run: Run) -> list[str]:
         if uneven(run.rows):
             baselines = run.result.get("baselines") or {}
             picture = plots.to_svg(plots.curves({"federated": run.rows}, "accuracy", baselines, "time"))
-        note = "When each accuracy was first reached. " + "Virtual time is the simulated devices’." * clock
-        cards.append(pages.card("Time to accuracy", picture + pages.table(head, lines), note.strip()))
+        note = "When each accuracy was first reached" + "; virtual time is what the devices took" * clock
+        cards.append(pages.card("Time to accuracy", picture + pages.table(head, lines), f"{note}."))
     elif uneven(run.rows) and series(run.rows, "loss", "time"):
         cards.append(
             pages.card(

@@ -104,7 +104,9 @@ class Session:
         self.version, kept, meta = found
         self.state: Tree = kept["state"]
         self.resume: Tree = kept["resume"]
-        self.generations: list[dict[str, int]] = [self.resume["memory"]] if self.resume else []
+        self.memories.back_to(self.version)
+        if self.resume is not None:
+            self.resume = {**self.resume, "memory": self.memories.at(self.version)}
         self.before: dict[str, float] = meta["seconds"]
         self.first = self.version
         folder.truncate(self.version)
@@ -138,6 +140,7 @@ class Session:
             raise
         finally:
             self.pool.close()
+            self.memories.close()
         return self._finish("finished", by_client, compared)
 
     def seconds(self) -> dict[str, float]:
@@ -181,15 +184,12 @@ class Session:
             measured = self.parts.problem.measure(commit.state["model"], *self.parts.test)
             row |= {name: value for name, value in measured.items() if name != "count"}
         row |= {"seconds": self.seconds()["total"], **commit.metrics}
+        flying = {task.id for task in commit.resume.get("flying", ())}
+        self.memories.commit(commit.version, commit.accepted, flying)
+        self._append(row)
         if last or commit.version % settings["checkpoint_every"] == 0:
-            self.memories.commit(commit.resume["memory"])
-            self._append(row)
             kept = {"state": commit.state, "resume": commit.resume, "clock": self.backend.clock()}
-            self.checkpoints.save(commit.version, kept, {"seconds": self.seconds()})
-            self.generations = [*self.generations, commit.resume["memory"]][-settings["keep_checkpoints"] :]
-            self.memories.prune(self.generations)
-        else:
-            self._append(row)
+            self.memories.prune(self.checkpoints.save(commit.version, kept, {"seconds": self.seconds()}))
         self._tell()
 
     def _append(self, row: dict[str, Any]) -> None:

@@ -191,13 +191,19 @@ def _refuse_another(folder: Path, todo: Sequence[Cell]) -> None:
             f"{', '.join(todo[0].values)}",
             elsewhere,
         )
-    now = base(todo[0])
-    for section in {**was, **now}:
-        if was.get(section) != now.get(section):
-            said = f"{was.get(section)!r} then, {now.get(section)!r} now"
-            raise ConfigError(
-                f"--out {folder}: holds a sweep of another config: [{section}] was {said}", elsewhere
-            )
+    if (difference := _difference(was, base(todo[0]))) is not None:
+        raise ConfigError(f"--out {folder}: holds a sweep of another config: {difference}", elsewhere)
+
+
+def _difference(was: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> str | None:
+    """The first key that differs, with both values; None when none does."""
+    for key in {**was, **now}:
+        then, new = was.get(key), now.get(key)
+        if then != new:
+            if isinstance(then, dict) and isinstance(new, dict):
+                return _difference(then, new, f"{where}{key}.")
+            return f"{where}{key} was {then!r}, now it is {new!r}"
+    return None
 
 
 def _finished(folder: Path) -> bool:

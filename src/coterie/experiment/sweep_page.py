@@ -144,7 +144,8 @@ def _runs(cells: Sequence[Record], metric: str) -> str:
         done = cell["status"] == "finished"
         reached = "–" if value is None else show(value, metric)
         time = _duration(cell.get("seconds"))
-        lines.append(pages.row(cell["cell"], LOCAL, [cell["status"], reached, time, link if done else "–"]))
+        status = cell["status"] if not cell.get("error") else f"failed: {escape(cell['error'])}"
+        lines.append(pages.row(cell["cell"], LOCAL, [status, reached, time, link if done else "–"]))
     return pages.card("Runs", pages.table(("run", "status", metric, "time", ""), lines), wide=True)
 
 

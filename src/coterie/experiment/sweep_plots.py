@@ -98,7 +98,8 @@ def _names(rows: Sequence[Record], axes: Axes) -> list[str]:
     names = [describe({path: row[path] for path in axes}, texts) or "mean" for row in rows]
     if max(map(len, names)) <= 24:
         return names
-    return [", ".join(texts[path][repr(row[path])] for path in axes) for row in rows]
+    order = sorted(axes, key=lambda path: max(map(len, texts[path].values())))
+    return [", ".join(texts[path][repr(row[path])] for path in order) for row in rows]
 
 
 def _frame(ax: mpl.Axes, metric: str) -> None:

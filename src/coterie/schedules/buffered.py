@@ -17,7 +17,7 @@ from coterie.core.errors import ConfigError, QuorumLost
 from coterie.core.gather import Gathered, OnNan, accept, empty
 from coterie.core.seeds import Key, derive, rng
 from coterie.core.types import Action, Algorithm, Cancel, ClientId, Commit, Lost, Plan, Reply, Task, Tree
-from coterie.schedules.synchronous import FROM_START, share, summary
+from coterie.schedules.synchronous import FROM_START, generations, remembered, share, summary
 
 Staleness = Callable[[int], float]
 
@@ -77,7 +77,7 @@ class Buffered:
         """Return the plan; one Commit a full buffer."""
         concurrency = share(self.concurrency, len(clients), "schedule.concurrency", "clients")
         resume = resume or FROM_START
-        version, ids, memory = resume["version"], itertools.count(resume["next"]), dict(resume["memory"])
+        version, ids, memory = resume["version"], itertools.count(resume["next"]), generations(resume)
         busy: dict[ClientId, Task] = {task.client: task for task in resume["flying"]}
         down = algorithm.broadcast(state)
 
@@ -110,15 +110,11 @@ class Buffered:
             if got.fold.replies == self.buffer:
                 state = algorithm.finalize(state, *algorithm.aggregator.finish(got.fold.acc))
                 version, down = version + 1, algorithm.broadcast(state)
-                if algorithm.client_work.remember is not None:
-                    memory.update(got.accepted)
-                resume = {
-                    "version": version,
-                    "next": next(ids) + 1,
-                    "memory": dict(memory),
-                    "flying": tuple(busy.values()),
-                }
-                yield [Commit(version, state, resume, summary(got, asked, asked * trees.nbytes(down)))]
+                accepted = remembered(algorithm, got)
+                memory.update(accepted)
+                resume = {"version": version, "next": next(ids) + 1, "flying": tuple(busy.values())}
+                told = summary(got, asked, asked * trees.nbytes(down))
+                yield [Commit(version, state, resume, told, accepted)]
                 got, asked = Gathered(empty(algorithm.aggregator)), 0
             if version < self.rounds:
                 actions = [dispatch()]

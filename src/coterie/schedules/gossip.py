@@ -16,7 +16,7 @@ from coterie.core import exact, trees
 from coterie.core.errors import ConfigError, QuorumLost
 from coterie.core.gather import Gathered, OnNan, accept, ask, empty
 from coterie.core.types import Aggregator, Algorithm, ClientId, Commit, Lost, Plan, Task, Tree
-from coterie.schedules.synchronous import FROM_START, summary
+from coterie.schedules.synchronous import FROM_START, generations, remembered, summary
 
 
 def ring(node: int, count: int) -> set[int]:
@@ -55,7 +55,7 @@ class Gossip:
     ) -> Plan[Tree]:
         """Return the plan; one Commit a round."""
         resume = resume or FROM_START
-        ids, memory = itertools.count(resume["next"]), dict(resume["memory"])
+        ids, memory = itertools.count(resume["next"]), generations(resume)
         nodes = state["nodes"] if "nodes" in state else [algorithm.init(state["model"]) for _ in clients]
         near = [sorted(TOPOLOGIES[self.topology](i, len(clients))) for i in range(len(clients))]
         for round in range(resume["version"], self.rounds):
@@ -89,12 +89,12 @@ class Gossip:
                 buffers = trees.add(mixed[i]["model"]["buffers"], moved)
                 mixed[i] = algorithm.finalize(mixed[i], {**up, "buffers": buffers}, 1.0, 1)
             nodes = mixed
-            if algorithm.client_work.remember is not None:
-                memory.update(got.accepted)
+            accepted = remembered(algorithm, got)
+            memory.update(accepted)
             state = {"model": average([node["model"] for node in nodes]), "nodes": nodes}
-            resume = {"version": round + 1, "next": next(ids) + 1, "memory": dict(memory)}
+            resume = {"version": round + 1, "next": next(ids) + 1}
             down = sum(trees.nbytes(task.down) for task in tasks)
-            yield [Commit(round + 1, state, resume, summary(got, len(clients), down))]
+            yield [Commit(round + 1, state, resume, summary(got, len(clients), down), accepted)]
         return state
 
 

@@ -43,17 +43,19 @@ class Hierarchical(Synchronous):
         self,
         algorithm: Algorithm,
         tasks: Sequence[Task],
-        clients: Sequence[ClientId],
+        places: Sequence[int],
+        among: int,
         cohort: int,  # noqa: ARG002  every relay waits for all of its part
         ids: Iterator[int],
     ) -> Plan[Gathered]:
         """How the replies come in: folded by the relays."""
-        if self.groups > len(clients):
-            raise ConfigError(f"schedule.groups = {self.groups}: there are only {len(clients)} clients")
-        group = {client: index * self.groups // len(clients) for index, client in enumerate(clients)}
+        if self.groups > among:
+            raise ConfigError(f"schedule.groups = {self.groups}: there are only {among} clients")
+        parts: list[list[Task]] = [[] for _ in self.relays]
+        for task, place in zip(tasks, places, strict=True):
+            parts[place * self.groups // among].append(task)
         folds = []
-        for index, relay in enumerate(self.relays):
-            part = [task for task in tasks if group[task.client] == index]
+        for relay, part in zip(self.relays, parts, strict=True):
             if part:
                 timer = next(ids)
                 folds.append(fold_request(next(ids), relay, part, timer=timer, deadline=self.deadline))

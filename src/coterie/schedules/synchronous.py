@@ -9,20 +9,31 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coterie.core import trees
 from coterie.core.errors import ConfigError, QuorumLost
 from coterie.core.gather import Gathered, OnNan, fold_request, gather
 from coterie.core.seeds import Key, derive, rng
 from coterie.core.types import Algorithm, ClientId, Commit, Plan, Task, Tree
+from coterie.schedules.reasons import why
 
+FEW = 10_000  # clients that a weighted draw may cost something each
 POOL = "pool"  # whom a pooled schedule asks
-FROM_START: Tree = {"version": 0, "next": 0, "memory": {}, "flying": ()}
+FROM_START: Tree = {"version": 0, "next": 0, "flying": ()}
+
+
+class Odds(NamedTuple):
+    """Of each client to be drawn, [clients]."""
+
+    chances: NDArray[np.float64]
+    cumulated: NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +41,12 @@ class Synchronous:
     """Rounds of one cohort each.
 
     cohort: clients a round, or a fraction of all when it is a float in (0, 1]. sampling: "uniform" or
-    "weighted" (by `size`), without replacement. over_selection: ask ceil(factor * cohort) clients and take
-    the first `cohort` replies. deadline: seconds (virtual in simulation). quorum: replies that a round
-    needs, or a fraction of the cohort when it is a float. on_nan: "drop" counts a client with a non-finite
-    update or loss as lost, "stop" ends the run at that round. pooled: ask the backend for the fold of the
-    whole cohort instead of every reply, which costs it less and comes to the same bits.
+    "weighted" (by `size`, asked of every client once, at the start), without replacement. over_selection:
+    ask ceil(factor * cohort) clients and take the first `cohort` replies. deadline: seconds (virtual in
+    simulation). quorum: replies that a round needs, or a fraction of the cohort when it is a float. on_nan:
+    "drop" counts a client with a non-finite update or loss as lost, "stop" ends the run at that round.
+    pooled: ask the backend for the fold of the whole cohort instead of every reply, which costs it less and
+    comes to the same bits.
     """
 
     rounds: int
@@ -68,14 +80,16 @@ class Synchronous:
         quorum = share(self.quorum, cohort, "schedule.quorum", "clients in a cohort")
         asked = min(math.ceil(cohort * self.over_selection), len(clients))
         resume = resume or FROM_START
-        ids, memory = itertools.count(resume["next"]), dict(resume["memory"])
+        ids, memory = itertools.count(resume["next"]), generations(resume)
+        odds = self.odds(clients)
         for round in range(resume["version"], self.rounds):
             down, config = algorithm.broadcast(state), algorithm.local(round)
+            places = self.draw(len(clients), asked, round, odds)
             tasks = [
                 Task(next(ids), client, round, round, down, config=config, memory=memory.get(client))
-                for client in self.draw(clients, asked, round)
+                for client in map(clients.__getitem__, places)
             ]
-            got = yield from self.collect(algorithm, tasks, clients, cohort, ids)
+            got = yield from self.collect(algorithm, tasks, places, len(clients), cohort, ids)
             if len(got.accepted) < quorum:
                 raise QuorumLost(
                     f"round {round + 1}: {len(got.accepted)} of {asked} clients replied, "
@@ -85,26 +99,43 @@ class Synchronous:
                     "or lower schedule.quorum",
                 )
             state = algorithm.finalize(state, *algorithm.aggregator.finish(got.fold.acc))
-            if algorithm.client_work.remember is not None:
-                memory.update(got.accepted)
-            resume = {"version": round + 1, "next": next(ids) + 1, "memory": dict(memory)}
-            yield [Commit(round + 1, state, resume, summary(got, asked, asked * trees.nbytes(down)))]
+            accepted = remembered(algorithm, got)
+            memory.update(accepted)
+            resume = {"version": round + 1, "next": next(ids) + 1}
+            told = summary(got, asked, asked * trees.nbytes(down))
+            yield [Commit(round + 1, state, resume, told, accepted)]
         return state
 
-    def draw(self, clients: Sequence[ClientId], count: int, round: int) -> list[ClientId]:
-        """The cohort of a round, without replacement; a function of the key and the round alone."""
+    def odds(self, clients: Sequence[ClientId]) -> Odds | None:
+        """How likely each client is to be drawn; None when all are equally."""
+        if self.sampling == "uniform":
+            return None
+        sizes = np.fromiter(map(self.size, clients), dtype=np.float64, count=len(clients))
+        cumulated = sizes.cumsum()
+        return Odds(sizes / sizes.sum(), cumulated / cumulated[-1])
+
+    def draw(self, among: int, count: int, round: int, odds: Odds | None = None) -> list[int]:
+        """The cohort of a round, as places among all clients: a function of the key and the round alone.
+
+        Without replacement: each next one in proportion to the odds of those that are left. The cost grows
+        with the count; only where the count is more than a fiftieth, it grows with all there are.
+        """
         generator = rng(derive(self.key, "cohort", round))
-        weights = None
-        if self.sampling == "weighted":
-            sizes = np.array([self.size(client) for client in clients], dtype=np.float64)
-            weights = sizes / sizes.sum()
-        return [clients[i] for i in generator.choice(len(clients), count, replace=False, p=weights)]
+        if odds is None or among <= FEW or count * 50 > among:
+            p = None if odds is None else odds.chances
+            return generator.choice(among, count, replace=False, p=p).tolist()  # type: ignore[no-any-return]
+        drawn: dict[int, None] = {}
+        while len(drawn) < count:  # to draw again whoever was drawn before comes to the same odds
+            at = generator.random(count - len(drawn))
+            drawn |= dict.fromkeys(odds.cumulated.searchsorted(at, side="right").tolist())
+        return list(drawn)
 
     def collect(
         self,
         algorithm: Algorithm,
         tasks: Sequence[Task],
-        clients: Sequence[ClientId],  # noqa: ARG002  for schedules that group them
+        places: Sequence[int],  # noqa: ARG002  the tasks' clients among ...
+        among: int,  # noqa: ARG002  ... so many, for schedules that group them
         cohort: int,
         ids: Iterator[int],
     ) -> Plan[Gathered]:
@@ -133,11 +164,23 @@ def share(value: int | float, whole: int, name: str, what: str) -> int:
     return int(count)
 
 
+def generations(resume: Tree) -> ChainMap[ClientId, Any]:
+    """The task that each client's memory is of: what is known at the start, below what changes since."""
+    return ChainMap({}, resume.get("memory", {}))
+
+
+def remembered(algorithm: Algorithm, got: Gathered) -> dict[ClientId, int]:
+    """Whose memory is of which task now; nobody's, when the algorithm's clients keep none."""
+    return got.accepted if algorithm.client_work.remember is not None else {}
+
+
 def summary(got: Gathered, asked: int, down: int) -> dict[str, object]:
     """What a commit reports of a gathering. down: bytes sent to the clients."""
+    lost = {"lost_why": why(got.fold.lost)} if got.fold.lost else {}
     return {
         **{f"train_{name}": value for name, value in got.metrics().items()},
         "samples": got.fold.samples,
         "clients": {"asked": asked, "answered": got.fold.replies, "lost": len(got.fold.lost)},
+        **lost,
         "bytes": {"up": got.fold.bytes_up, "down": down},
     }

@@ -23,8 +23,8 @@ class Checkpoints:
     folder: Path
     keep: int = 2  # more than one, so that a damaged newest file does not end the run
 
-    def save(self, number: int, tree: Tree, meta: Mapping[str, Any]) -> None:
-        """Write checkpoint `number` atomically, then keep the newest `keep` up to it.
+    def save(self, number: int, tree: Tree, meta: Mapping[str, Any]) -> int:
+        """Write checkpoint `number` atomically, then keep the newest `keep` up to it; return the oldest kept.
 
         Higher numbers go too: they are of a future that this run went back from.
         Raises RunError when it cannot be written; the older checkpoints stay.
@@ -37,6 +37,7 @@ class Checkpoints:
             if n not in kept:
                 path.unlink(missing_ok=True)
         remove_temporary(self.folder)
+        return kept[0]
 
     def latest(self) -> tuple[int, Tree, dict[str, Any]] | None:
         """Load the newest checkpoint that is whole: (number, tree, meta); None when there is none.

@@ -1,0 +1,465 @@
+"""Layers for many clients at once: the ones that the stock operators under `torch.func.vmap` do slowly.
+
+Under vmap every client has weights of its own, so a linear layer is a batched matrix product and a
+convolution one with the clients as groups. `Layers` is a torch function mode: while it is entered, the
+functions in its table (which modules call too) are done by the versions here, each an autograd Function
+with its own batching rule; everything else is left to vmap. It also knows the mask of padded rows, for
+BatchNorm, and each client's seed, for dropout. Checked against the plain functions in
+tests/trainers/test_layers.py; what each gains is in docs/performance.md.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# ruff: noqa: ARG001, ARG004  (signatures are those of the functions they replace)
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from coterie.trainers.recurrent import Recurrence
+
+aten = torch.ops.aten
+Function = torch.autograd.Function
+
+
+class Layers(TorchFunctionMode):
+    """Replaces slow functions while it is entered. `mask` [B] and `seed` (0-d) are of the client at work.
+
+    precision: the type in which convolutions, linear and recurrent layers multiply (None: their own).
+    used: the names of functions replaced so far.
+    """
+
+    def __init__(self, precision: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.precision = precision
+        self.mask: Tensor | None = None
+        self.seed: Tensor | None = None
+        self.used: set[str] = set()
+        self.draws = 0
+        self._relus: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> Layers:
+        self.draws = 0
+        self._relus.clear()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._relus.clear()
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        replaced = TABLE.get(func)
+        if replaced is not None:
+            made = replaced(self, *args, **kwargs)
+            if made is not NotImplemented:
+                self.used.add(replaced.__name__)
+                return made
+        made = func(*args, **kwargs)
+        if func is F.relu and not kwargs.get("inplace") and len(args) == 1:
+            self._relus[id(made)] = (made, args[0])  # the tensor is held, so its id is not given again
+        return made
+
+    def before_relu(self, x: Tensor) -> Tensor | None:
+        """What x is the ReLU of, if it is."""
+        found = self._relus.get(id(x))
+        return found[1] if found else None
+
+
+def conv(
+    layers: Layers,
+    x: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """A convolution of 1 or 2 dimensions, batched."""
+    n = weight.dim() - 2
+    if isinstance(padding, str) or n not in (1, 2) or x.dim() != n + 2:
+        return NotImplemented
+    sizes = [_sizes(each, n) for each in (stride, padding, dilation)]
+    if layers.precision and x.dtype == torch.float32:
+        made = _Conv.apply(
+            x.to(layers.precision), weight.to(layers.precision), _to(bias, layers.precision), *sizes, groups
+        )
+        return made.float()
+    return _Conv.apply(x, weight, bias, *sizes, groups)
+
+
+def linear(layers: Layers, x: Tensor, weight: Tensor, bias: Any = None) -> Any:
+    """A linear layer on [..., in]."""
+    if x.dim() < 2 or weight.dim() != 2:
+        return NotImplemented
+    flat = x.reshape(-1, x.shape[-1])
+    if layers.precision and x.dtype == torch.float32:
+        p = layers.precision
+        made = _Linear.apply(flat.to(p), weight.to(p), _to(bias, p)).float()
+    else:
+        made = _Linear.apply(flat, weight, bias)
+    return made.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def max_pool(
+    layers: Layers,
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """2-d max-pooling. A ReLU before it is moved behind it, where there is less to do."""
+    if return_indices or x.dim() != 4:
+        return NotImplemented
+    before = layers.before_relu(x)
+    kernel = _sizes(kernel_size, 2)
+    options = (kernel, _sizes(stride or kernel, 2), _sizes(padding, 2), _sizes(dilation, 2), ceil_mode)
+    pooled, _ = _MaxPool.apply(x if before is None else before, *options)
+    return pooled if before is None else torch.relu(pooled)
+
+
+def embedding(
+    layers: Layers,
+    x: Tensor,
+    weight: Tensor,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """Rows of a table."""
+    if padding_idx is not None or max_norm is not None or scale_grad_by_freq or sparse:
+        return NotImplemented
+    return _Embedding.apply(x, weight)
+
+
+def dropout(layers: Layers, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """Dropout whose draws depend on the client's seed alone, not on who shares its block."""
+    if not training or p == 0 or layers.seed is None:
+        return x
+    layers.draws += 1
+    keep = _uniform(layers.seed, layers.draws, x) >= p
+    return x * keep / (1 - p) if p < 1 else x * 0
+
+
+def batch_norm(
+    layers: Layers,
+    x: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """BatchNorm over the rows that the mask keeps."""
+    if not training or layers.mask is None:
+        return NotImplemented
+    over = [0, *range(2, x.dim())]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    keep = layers.mask.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+    count = layers.mask.sum() * (x[0, 0].numel())
+    mean = (x * keep).sum(over) / count
+    centred = x - mean.view(shape)
+    var = (centred * centred * keep).sum(over) / count
+    if running_mean is not None:
+        with torch.no_grad():
+            running_mean.mul_(1 - momentum).add_(momentum * mean.detach())
+            running_var.mul_(1 - momentum).add_(momentum * var.detach() * (count / (count - 1)))
+    y = centred * torch.rsqrt(var + eps).view(shape)
+    if weight is not None:
+        y = y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+def gru(
+    layers: Layers,
+    x: Tensor,
+    h: Tensor,
+    weights: Sequence[Tensor],
+    bias: bool,
+    depth: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """nn.GRU over padded sequences, [B, T, in] when batch_first, else [T, B, in]."""
+    if not bias or bidirectional or (dropout and training) or x.dim() != 3 or len(weights) != 4 * depth:
+        return NotImplemented
+    y, ends = x.transpose(0, 1) if batch_first else x, []
+    for layer in range(depth):
+        w_ih, w_hh, b_ih, b_hh = weights[4 * layer : 4 * layer + 4]
+        y, _ = Recurrence.apply(linear(layers, y, w_ih, b_ih), h[layer], w_hh, b_hh)
+        ends.append(y[-1])
+    return y.transpose(0, 1) if batch_first else y, torch.stack(ends)
+
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    torch.conv1d: conv,
+    torch.conv2d: conv,
+    F.linear: linear,
+    F.max_pool2d: max_pool,
+    torch.max_pool2d: max_pool,
+    F.embedding: embedding,
+    F.dropout: dropout,
+    F.batch_norm: batch_norm,
+    torch.gru: gru,
+}
+
+
+def _to(x: Any, dtype: torch.dtype) -> Any:
+    return None if x is None else x.to(dtype)
+
+
+def _sizes(value: Any, n: int) -> list[int]:
+    return [int(each) for each in value] if isinstance(value, Sequence) else [int(value)] * n
+
+
+def _uniform(seed: Tensor, draw: int, x: Tensor) -> Tensor:
+    """A number in [0, 1) for each element of x, a hash of (seed, draw, element): splitmix64's mixer."""
+    z = torch.arange(x.numel(), device=x.device).view(x.shape) + (seed + draw * 0x632BE59BD9B4E019 % 2**63)
+    z = (z ^ _shift(z, 30)) * -0x40A7B892E31B1A47  # 0xbf58476d1ce4e5b9 as a signed number
+    z = (z ^ _shift(z, 27)) * -0x6B2FB644ECCEEE15  # 0x94d049bb133111eb
+    return _shift(z ^ _shift(z, 31), 40).float() * 2.0**-24
+
+
+def _shift(z: Tensor, by: int) -> Tensor:
+    """A logical shift to the right."""
+    return (z >> by) & ((1 << (64 - by)) - 1)
+
+
+def _front(x: Any, dim: int | None, clients: int) -> Any:
+    """x with the clients as its first dimension."""
+    if x is None:
+        return None
+    return x.expand(clients, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _grouped(x: Tensor, dim: int | None, clients: int) -> Tensor:
+    """[B, channels, ...] of each client -> [B, clients * channels, ...] with channels last in memory."""
+    x = x.unsqueeze(1).expand(-1, clients, *x.shape[1:]) if dim is None else x.movedim(dim, 1)
+    spatial = list(range(3, x.dim()))
+    last = x.permute(0, *spatial, 1, 2)
+    merged = last.reshape(*last.shape[:-2], -1)
+    return merged.permute(0, merged.dim() - 1, *range(1, merged.dim() - 1))
+
+
+class _Conv(Function):
+    @staticmethod
+    def forward(x, w, b, stride, padding, dilation, groups):
+        n = len(stride)
+        return aten.convolution(x, w, b, stride, padding, dilation, False, [0] * n, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, b, *options = inputs
+        ctx.save_for_backward(x, w)
+        ctx.options, ctx.bias = options, b is not None
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[0]
+        dx, dw, db = _ConvBack.apply(dy, x, w, *ctx.options, needs_x, ctx.bias)
+        return dx if needs_x else None, dw, db if ctx.bias else None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, w, b, stride, padding, dilation, groups):
+        n = info.batch_size
+        weight, bias = _front(w, in_dims[1], n), _front(b, in_dims[2], n)
+        y = aten.convolution(
+            _grouped(x, in_dims[0], n),
+            _last(weight.flatten(0, 1)),
+            None if bias is None else bias.flatten(),
+            stride, padding, dilation, False, [0] * len(stride), n * groups,
+        )  # fmt: skip
+        return y.unflatten(1, (n, -1)), 1
+
+
+class _ConvBack(Function):
+    """dy, x, w -> gradients of x (or an empty tensor), of w and of the bias (or an empty tensor)."""
+
+    @staticmethod
+    def forward(dy, x, w, stride, padding, dilation, groups, needs_x, bias):
+        mask = [needs_x, True, bias]
+        made = aten.convolution_backward(
+            dy, x, w, [w.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, mask
+        )
+        return tuple(g if wanted else dy.new_empty(0) for g, wanted in zip(made, mask, strict=True))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("second derivatives of a batched convolution")
+
+    @staticmethod
+    def vmap(info, in_dims, dy, x, w, stride, padding, dilation, groups, needs_x, bias):
+        n = info.batch_size
+        weight = _front(w, in_dims[2], n)
+        dx, dw, db = aten.convolution_backward(
+            _grouped(dy, in_dims[0], n), _grouped(x, in_dims[1], n), _last(weight.flatten(0, 1)),
+            [weight.shape[0] * weight.shape[1]], stride, padding, dilation, False, [0] * len(stride),
+            n * groups, [needs_x, True, bias],
+        )  # fmt: skip
+        dx = dx.unflatten(1, (n, -1)) if needs_x else dy.new_empty(0)
+        db = db.unflatten(0, (n, -1)) if bias else dy.new_empty(0)
+        return (dx, dw.unflatten(0, (n, -1)), db), (1 if needs_x else None, 0, 0 if bias else None)
+
+
+def _last(w: Tensor) -> Tensor:
+    return w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(x, w, b):
+        return F.linear(x, w, b)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, b = inputs
+        ctx.save_for_backward(x, w)
+        ctx.bias = b is not None
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[0]
+        dx, dw, db = _LinearBack.apply(dy, x, w, needs_x, ctx.bias)
+        return dx if needs_x else None, dw, db if ctx.bias else None
+
+    @staticmethod
+    def vmap(info, in_dims, x, w, b):
+        n = info.batch_size
+        x, w, b = (_front(each, dim, n) for each, dim in zip((x, w, b), in_dims, strict=True))
+        return torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT), 0
+
+
+class _LinearBack(Function):
+    @staticmethod
+    def forward(dy, x, w, needs_x, bias):
+        none = dy.new_empty(0)
+        return dy @ w if needs_x else none, dy.mT @ x, dy.sum(0) if bias else none
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("second derivatives of a batched linear layer")
+
+    @staticmethod
+    def vmap(info, in_dims, dy, x, w, needs_x, bias):
+        n, none = info.batch_size, dy.new_empty(0)
+        dy, x, w = (_front(each, dim, n) for each, dim in zip((dy, x, w), in_dims, strict=False))
+        made = torch.bmm(dy, w) if needs_x else none, torch.bmm(dy.mT, x), dy.sum(1) if bias else none
+        return made, (0 if needs_x else None, 0, 0 if bias else None)
+
+
+class _MaxPool(Function):
+    @staticmethod
+    def forward(x, kernel, stride, padding, dilation, ceil):
+        return aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, output[1])
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        return _MaxPoolBack.apply(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, *options):
+        n = info.batch_size
+        y, index = aten.max_pool2d_with_indices(_grouped(x, in_dims[0], n), *options)
+        return (y.unflatten(1, (n, -1)), index.unflatten(1, (n, -1))), (1, 1)
+
+
+class _MaxPoolBack(Function):
+    @staticmethod
+    def forward(dy, x, index, *options):
+        return aten.max_pool2d_with_indices_backward(dy, x, *options, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("second derivatives of a batched max-pool")
+
+    @staticmethod
+    def vmap(info, in_dims, dy, x, index, *options):
+        n = info.batch_size
+        dy, x, index = (_grouped(each, dim, n) for each, dim in zip((dy, x, index), in_dims, strict=False))
+        return aten.max_pool2d_with_indices_backward(dy, x, *options, index).unflatten(1, (n, -1)), 1
+
+
+class _Embedding(Function):
+    @staticmethod
+    def forward(x, w):
+        return w[x]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w = inputs
+        ctx.save_for_backward(x)
+        ctx.rows = w.shape[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, _EmbeddingBack.apply(dy, ctx.saved_tensors[0], ctx.rows)
+
+    @staticmethod
+    def vmap(info, in_dims, x, w):
+        n = info.batch_size
+        x, w = _front(x, in_dims[0], n), _front(w, in_dims[1], n)
+        return w.flatten(0, 1)[x + _offsets(x, w.shape[1])], 0
+
+
+class _EmbeddingBack(Function):
+    @staticmethod
+    def forward(dy, x, rows):
+        return dy.new_zeros(rows, dy.shape[-1]).index_add(0, x.flatten(), dy.flatten(0, -2))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("second derivatives of a batched embedding")
+
+    @staticmethod
+    def vmap(info, in_dims, dy, x, rows):
+        n = info.batch_size
+        dy, x = _front(dy, in_dims[0], n), _front(x, in_dims[1], n)
+        index = (x + _offsets(x, rows)).flatten()
+        made = dy.new_zeros(n * rows, dy.shape[-1]).index_add(0, index, dy.flatten(0, -2))
+        return made.unflatten(0, (n, rows)), 0
+
+
+def _offsets(x: Tensor, rows: int) -> Tensor:
+    """Where each client's rows start in all clients' tables, one after the other."""
+    return (torch.arange(len(x), device=x.device) * rows).view(-1, *[1] * (x.dim() - 1))

@@ -1,0 +1,518 @@
+"""The vectorised trainer: a block of clients trains as one batched computation.
+
+A step of one client, as its algorithm's ClientWork and optimiser define it, is batched by
+`torch.func.vmap` over stacked parameters, with the layers of `trainers.layers`, and recorded once as a
+graph of plain tensor operations (`make_fx`), which then runs step after step, round after round.
+
+Unequal clients share a block. Rows that a batch lacks are padded and masked; a client that has taken its
+last step leaves the block. What is the same for all clients (a proximal anchor, the server's control
+variate, frozen parameters) is held once.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
+from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_unflatten
+
+from coterie.core import trees
+from coterie.core.errors import RunError
+from coterie.core.seeds import Key, derive, seeded
+from coterie.core.types import Algorithm, Params, Replies, Reply, Task, Tree
+from coterie.data import ClientData
+from coterie.data.types import Rows
+from coterie.trainers.graphs import in_place, tidy
+from coterie.trainers.layers import Layers
+from coterie.trainers.loop import rows_of, task_key, weight_of
+from coterie.trainers.problem import Problem
+
+log = logging.getLogger("coterie")
+RECORD_FROM = 3  # steps of one shape in a block that are worth a graph
+AGREES = 1e-3  # relative difference of one step from the loop's, in float32; bfloat16 gets 50 times that
+GOLDEN = 0x1E3779B97F4A7C15  # seeds of successive steps lie this far apart
+
+
+@dataclass
+class Stepper:
+    """The step of one algorithm over its flat state: params, the optimiser's slots and carry, by path.
+
+    shared: leaves without a dimension for the clients; moving: leaves that a step replaces. fresh: leaves
+    that the first step adds, as zeros of one client. graphs: what runs a step, by (clients, rows in a batch).
+    """
+
+    step: Callable[..., Tree]
+    spec: TreeSpec
+    paths: list[str]
+    shared: set[str]
+    moving: list[str]
+    fresh: dict[str, Tensor]
+    graphs: dict[tuple[int, int], Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
+
+
+class Vectorised:
+    """fit_block(): many clients at once, to the same updates as the loop within rounding.
+
+    block: how many clients in one. compile: let torch.compile fuse each graph. precision: "bfloat16"
+    multiplies in that type and keeps parameters, sums and losses in float32.
+    """
+
+    name = "vectorised"
+
+    def __init__(
+        self,
+        problem: Problem,
+        seed: int | Key,
+        *,
+        block: Literal["auto"] | int = "auto",
+        compile: bool = False,
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        self.problem, self.seed = problem, seed
+        self.width = _width(problem) if block == "auto" else max(block, 2)
+        self.compile, self.precision = compile, precision
+        self.layers = Layers(torch.bfloat16 if precision == "bfloat16" else None)
+        self.steppers: dict[Any, Stepper] = {}
+        self.rows = [0, 0]  # computed, asked for: what padding wastes
+        self.paths: dict[str, str] = {}  # layer -> what batches it, once `obstacle` has looked
+
+    def obstacle(self, algorithm: Algorithm, datas: Sequence[ClientData]) -> tuple[str, str] | None:
+        """Why this model cannot be vectorised, and what to do; None when it can. datas: of two clients.
+
+        Takes a step with both, and compares it with the step that each would take alone.
+        """
+        down, config = algorithm.broadcast(algorithm.init(self.problem.model())), algorithm.local(0)
+        tasks = [Task(row, str(row), 0, 0, down, config=config) for row in range(2)]
+        keys = [task_key(self.seed, task) for task in tasks]
+        drawn = [self._drawn(task, key, data)[:1] for task, key, data in zip(tasks, keys, datas, strict=True)]
+        try:
+            with (
+                torch.no_grad(),
+                seeded(keys[0]),
+                _watched(self.problem.training, self.layers) as (at, paths),
+            ):
+                stepper, state = self._begin(algorithm, tasks, [None, None], datas[0])
+                state, _ = self._descend(stepper, state, datas, drawn, keys, record=True)
+                self._finish(algorithm, stepper, state, tasks, [1, 1])
+        except RunError as error:
+            return error.args[0], "its rows or clients depend on each other"
+        except Exception as error:
+            where = f" in {at[-1]}" if at else ""
+            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return f"vmap cannot batch it{where}: {said}", _hint(self.problem.training)
+        self.paths = paths
+        return None
+
+    def told(self) -> str:
+        """How it works, in a line."""
+        own = sorted({path for path in self.paths.values() if path != "vmap"})
+        how = f"{', '.join(own)} batched by hand, the rest by vmap" if own else "by vmap"
+        return f"blocks of up to {self.width} clients; {how}"
+
+    def fit(self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData) -> tuple[Reply, Tree]:
+        """Train one client, as a block of its own."""
+        ((block, after),) = self.fit_block(algorithm, [task], [memory], [data])
+        metrics = {name: values[0] for name, values in block.metrics.items()}
+        reply = Reply(task, _row(block.ups, 0), block.weights[0], metrics, block.samples[0])
+        return reply, None if after is None else _row(after, 0)
+
+    def fit_block(
+        self,
+        algorithm: Algorithm,
+        tasks: Sequence[Task],
+        memories: Sequence[Tree],
+        datas: Sequence[ClientData],
+    ) -> list[tuple[Replies, Tree]]:
+        """Train a block; tasks of one config. Returns stacked replies and stacked memories, or None.
+
+        A block that does not fit the memory is halved, and its halves trained one after the other.
+        """
+        try:
+            return [self._fit(algorithm, tasks, memories, datas)]
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if len(tasks) == 1 or not _out_of_memory(error):
+                raise
+        self.width = max(2, min(self.width, len(tasks) // 2))
+        log.warning("out of memory with %d clients in a block: from now on %d", len(tasks), self.width)
+        half = (len(tasks) + 1) // 2
+        return [
+            made
+            for part in (slice(None, half), slice(half, None))
+            for made in self.fit_block(algorithm, tasks[part], memories[part], datas[part])
+        ]
+
+    def _fit(
+        self,
+        algorithm: Algorithm,
+        tasks: Sequence[Task],
+        memories: Sequence[Tree],
+        datas: Sequence[ClientData],
+    ) -> tuple[Replies, Tree]:
+        keys = [task_key(self.seed, task) for task in tasks]
+        drawn = [self._drawn(task, key, data) for task, key, data in zip(tasks, keys, datas, strict=True)]
+        order = sorted(range(len(tasks)), key=lambda i: -len(drawn[i]))
+        n = len(order)
+        order += order[-1:] if n == 1 else []  # a block of one has other bits than a block of two
+        tasks, memories, datas = (
+            [tasks[i] for i in order],
+            [memories[i] for i in order],
+            [datas[i] for i in order],
+        )
+        keys, drawn = [keys[i] for i in order], [drawn[i] for i in order]
+        stepper, state = self._begin(algorithm, tasks, memories, datas[0])
+        with torch.no_grad(), seeded(derive(keys[0], "torch")):
+            state, losses = self._descend(stepper, state, datas, drawn, keys)
+        ups, after = self._finish(algorithm, stepper, state, tasks, [len(rows) for rows in drawn])
+        samples = [sum(map(len, rows)) for rows in drawn]
+        replies = Replies(
+            tasks[:n],
+            _first(ups, n),
+            [weight_of(task, data) for task, data in zip(tasks[:n], datas[:n], strict=True)],
+            {"loss": [loss / seen for loss, seen in zip(losses.tolist()[:n], samples[:n], strict=True)]},
+            samples[:n],
+        )
+        return replies, None if after is None else _first(after, n)
+
+    def _drawn(self, task: Task, key: Key, data: ClientData) -> list[Rows]:
+        least = self.problem.least_rows
+        return list(rows_of(len(data.train[1]), task.config, derive(key, "batches"), least=least))
+
+    def _begin(
+        self, algorithm: Algorithm, tasks: Sequence[Task], memories: Sequence[Tree], data: ClientData
+    ) -> tuple[Stepper, dict[str, Tensor]]:
+        """The algorithm's step, and the state that it starts from."""
+        work, config, down = algorithm.client_work, tasks[0].config, tasks[0].down
+        if work.remember is not None:
+            memories = [
+                work.remember(task.down) if memory is None else memory
+                for task, memory in zip(tasks, memories, strict=True)
+            ]
+        same_down = all(task.down is down for task in tasks)
+        same_memory = all(memory is memories[0] for memory in memories)
+
+        def start(down: Tree, memory: Tree, client: Tensor) -> Tree:
+            del client  # so that there is something to batch over
+            params, carry = work.start(down, memory, config)
+            return params, work.optimizer(carry).init(params), carry
+
+        downs = down if same_down else _stacked([task.down for task in tasks])
+        kept = memories[0] if same_memory else _stacked(memories)
+        dims = (None if same_down else 0, None if same_memory else 0, 0)
+        leaves, batched, spec = _batch(start, dims, downs, kept, torch.arange(len(tasks)))
+        key = (id(algorithm), str(spec), frozenset(batched))
+        if key not in self.steppers:
+            self.steppers[key] = self._stepper(algorithm, leaves, batched, spec, data)
+        stepper, clients, state = self.steppers[key], len(tasks), {}
+        for path in stepper.paths:
+            leaf = leaves.get(path)
+            if leaf is None:
+                state[path] = stepper.fresh[path].expand(clients, *stepper.fresh[path].shape).clone()
+            elif path in stepper.shared:
+                state[path] = leaf
+            else:
+                state[path] = (leaf if path in batched else leaf.expand(clients, *leaf.shape)).clone(
+                    memory_format=torch.contiguous_format
+                )
+        return stepper, state
+
+    def _stepper(
+        self,
+        algorithm: Algorithm,
+        leaves: Mapping[str, Tensor],
+        batched: Collection[str],
+        spec: TreeSpec,
+        data: ClientData,
+    ) -> Stepper:
+        """Take a step with two clients, to see which leaves it replaces, and which it adds to the carry."""
+        x, y = (part[: max(2, self.problem.least_rows)] for part in data.train)
+        batch = (
+            torch.stack([x, x]),
+            torch.stack([y, y]),
+            torch.ones(2, len(y)),
+            torch.zeros(2, dtype=torch.int64),
+        )
+        step, paths = self._step(algorithm), list(leaves)
+        moving: list[str] = []
+
+        def watched(*args: Any) -> Tree:
+            made = step(tree_unflatten(list(args[:-4]), spec), *args[-4:])
+            before = dict(zip(paths, args, strict=False))
+            moving[:] = [path for path, leaf in _flat(made)[0].items() if leaf is not before.get(path)]
+            return made
+
+        own = ("[0]", "[2]['buffers']")  # modules write into buffers, which must then be each client's own
+        dims = [0 if path in batched or path.startswith(own) else None for path in paths] + [0] * 4
+        two = [
+            leaf[:2] if path in batched else leaf.expand(2, *leaf.shape) if dim == 0 else leaf
+            for (path, leaf), dim in zip(leaves.items(), dims, strict=False)
+        ]
+        with torch.no_grad():
+            made, after = _flat(vmap(watched, in_dims=tuple(dims), randomness="different")(*two, *batch))
+        shared = {path for path in made if path not in moving and path not in batched}
+        fresh = {path: torch.zeros_like(leaf[0]) for path, leaf in made.items() if path not in leaves}
+        return Stepper(step, after, list(made), shared, list(moving), fresh)
+
+    def _step(self, algorithm: Algorithm) -> Callable[..., Tree]:
+        """One local step of one client, as the loop takes it."""
+        work, problem, layers = algorithm.client_work, self.problem, self.layers
+
+        def objective(params: Params, batch: tuple[Tensor, Tensor], carry: Tree) -> tuple[Tensor, Tree]:
+            return work.objective(problem.loss, params, batch, carry)
+
+        def step(state: Tree, x: Tensor, y: Tensor, mask: Tensor, seed: Tensor) -> Tree:
+            params, slots, carry = state
+            layers.mask, layers.seed = mask, seed
+            with layers:
+                grads, carry = work.gradient(objective, params, (x, y), mask, carry, None)
+                updates, slots = work.optimizer(carry).update(grads, slots, params)
+                return trees.add(params, updates), slots, carry
+
+        return step
+
+    def _descend(
+        self,
+        stepper: Stepper,
+        state: dict[str, Tensor],
+        datas: Sequence[ClientData],
+        drawn: Sequence[Sequence[Rows]],
+        keys: Sequence[Key],
+        *,
+        record: bool = False,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """All local steps of a block, the busiest clients first. Returns the state and the summed losses."""
+        begun = state
+        clients, steps = len(drawn), len(drawn[0]) if drawn else 0
+        x, y = (torch.cat([data.train[half] for data in datas]) for half in (0, 1))
+        starts = np.cumsum([0, *(len(data.train[1]) for data in datas[:-1])])
+        seeds = torch.tensor([int.from_bytes(derive(key, "dropout")[:8], "little") >> 1 for key in keys])
+        losses = torch.zeros(clients, dtype=torch.float64)
+        full, unit = max((len(rows[0]) for rows in drawn), default=0), max(1, clients // 8)
+        shapes = []  # of each step: clients at work, clients computed, rows in a batch
+        for number in range(steps):
+            active = sum(len(rows) > number for rows in drawn)
+            size = max(len(rows[number]) for rows in drawn[:active])
+            width = min(-(-active // unit) * unit, clients) if size == full else active
+            shapes.append((active, max(width, 2), size))
+        often = Counter(shape[1:] for shape in shapes)
+        done: list[dict[str, Tensor]] = []
+        working = clients
+        for number, (active, width, size) in enumerate(shapes):
+            if active < working:  # some have taken their last step
+                done.append({path: state[path][active:working].clone() for path in stepper.moving})
+                working = active
+            state = {path: leaf if path in stepper.shared else leaf[:width] for path, leaf in state.items()}
+            index, mask = np.zeros((width, size), dtype=np.int64), np.zeros((width, size), dtype=np.float32)
+            for row in range(active):
+                chosen = drawn[row][number]
+                index[row, : len(chosen)] = chosen + starts[row]
+                mask[row, : len(chosen)] = 1
+            at = torch.from_numpy(index).flatten()
+            batch = (
+                x.index_select(0, at).view(width, size, *x.shape[1:]),
+                y.index_select(0, at).view(width, size, *y.shape[1:]),
+                torch.from_numpy(mask),
+                seeds[:width] + number * GOLDEN % 2**63,
+            )
+            run = self._runner(
+                stepper, state, batch, recorded=record or (size == full and often[width, size] >= RECORD_FROM)
+            )
+            state |= zip(stepper.moving, run(*state.values(), *batch), strict=True)
+            losses[:active] += state[LOSS][:active].double() * batch[2][:active].sum(1)
+            self.rows[0] += width * size
+            self.rows[1] += int(mask.sum())
+        for path in stepper.moving if done else ():
+            state[path] = torch.cat([state[path][:working], *(part[path] for part in reversed(done))])
+        return {**begun, **{path: state[path] for path in stepper.moving}}, losses
+
+    def _runner(
+        self, stepper: Stepper, state: Mapping[str, Tensor], batch: tuple[Tensor, ...], *, recorded: bool
+    ) -> Callable[..., Sequence[Tensor]]:
+        """What takes a step of this shape: a recorded graph, or vmap itself where that is not worth it."""
+        shape = (batch[2].shape[0], batch[2].shape[1])
+        if recorded and shape in stepper.graphs:
+            return stepper.graphs[shape]
+        dims = tuple([None if path in stepper.shared else 0 for path in state] + [0] * 4)
+
+        def moved(*args: Tensor) -> list[Tensor]:
+            made, _ = _flat(stepper.step(tree_unflatten(list(args[:-4]), stepper.spec), *args[-4:]))
+            return [made[path] for path in stepper.moving]
+
+        batched = vmap(moved, in_dims=dims, randomness="different")
+        if not recorded:
+            return batched
+        args = (*state.values(), *batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = tidy(make_fx(batched)(*args))
+        self._compare(stepper, state, batch, graph(*args))
+        params = [number for number, path in enumerate(state) if path.startswith("[0]")]
+        stepper.graphs[shape] = in_place(graph, params)
+        if self.compile:
+            stepper.graphs[shape] = torch.compile(graph)
+        return stepper.graphs[shape]
+
+    def _compare(
+        self,
+        stepper: Stepper,
+        state: Mapping[str, Tensor],
+        batch: tuple[Tensor, ...],
+        made: Sequence[Tensor],
+    ) -> None:
+        """Take the first and last client's step alone too. Raises RunError when the batched one differs."""
+        for row in (0, len(batch[2]) - 1):
+            real = int(batch[2][row].sum())
+            if not real:
+                continue
+            alone = [leaf if path in stepper.shared else leaf[row] for path, leaf in state.items()]
+            one = (batch[0][row, :real], batch[1][row, :real], batch[2][row, :real], batch[3][row])
+            before = torch.random.get_rng_state()
+            after, _ = _flat(stepper.step(tree_unflatten(alone, stepper.spec), *one))
+            if not torch.equal(before, torch.random.get_rng_state()):
+                return  # draws of the model's own: two runs differ anyway
+            olds = dict(zip(state, alone, strict=True))
+            for path, new in zip(stepper.moving, made, strict=True):
+                if path.startswith("[0]"):
+                    step = (after[path] - olds[path]).norm()
+                    gap = (new[row] - after[path]).norm() / step.clamp(min=1e-12)
+                    scale = olds[path].norm() / step.clamp(min=1e-12) * torch.finfo(new.dtype).eps
+                    allowed = (50 if self.precision == "bfloat16" else 1) * AGREES + 4 * float(scale)
+                    if not gap <= allowed:
+                        raise RunError(
+                            f"batched over clients, the model takes another step than alone: {path[3:]} "
+                            f"differs by {float(gap):.2g} of the step",
+                            'its rows or clients depend on each other: set backend.trainer = "loop"',
+                        )
+
+    def _finish(
+        self,
+        algorithm: Algorithm,
+        stepper: Stepper,
+        state: Mapping[str, Tensor],
+        tasks: Sequence[Task],
+        steps: Sequence[int],
+    ) -> tuple[Tree, Tree]:
+        """Stacked updates and memories."""
+        down = tasks[0].down
+        same = all(task.down is down for task in tasks)
+
+        remembers = False
+
+        def finish(down: Tree, steps: Tensor, *leaves: Tensor) -> Tree:
+            nonlocal remembers
+            params, _, carry = tree_unflatten(list(leaves), stepper.spec)
+            up, memory = algorithm.client_work.finish(params, down, carry, steps)
+            remembers = memory is not None
+            return up, memory if remembers else ()
+
+        dims = [None if path in stepper.shared else 0 for path in stepper.paths]
+        downs = down if same else _stacked([task.down for task in tasks])
+        with torch.no_grad():
+            ups, after = vmap(finish, in_dims=(None if same else 0, 0, *dims))(
+                downs, torch.tensor(steps), *(state[path] for path in stepper.paths)
+            )
+        return ups, after if remembers else None
+
+
+LOSS = "[2]['loss']"
+
+
+def _flat(tree: Tree) -> tuple[dict[str, Any], TreeSpec]:
+    """The leaves of (params, slots, carry) by path: "[0]['weight']", "[2]['loss']", ..."""
+    leaves, spec = tree_flatten_with_path(tree)
+    return {keystr(path): leaf for path, leaf in leaves}, spec
+
+
+def _batch(
+    function: Callable[..., Tree], dims: tuple[int | None, ...], *args: Tree
+) -> tuple[dict[str, Tensor], frozenset[str], TreeSpec]:
+    """vmap, but what depends on no batched argument keeps its shape; returns the paths of the others."""
+    batched: set[str] = set()
+
+    def watched(*args: Tree) -> Tree:
+        made = function(*args)
+        batched.clear()
+        batched.update(path for path, leaf in _flat(made)[0].items() if is_batchedtensor(leaf))
+        return made
+
+    leaves, spec = _flat(vmap(watched, in_dims=dims)(*args))
+    kept = {path: leaf if path in batched else leaf[0] for path, leaf in leaves.items()}
+    return kept, frozenset(batched), spec
+
+
+def _width(problem: Problem) -> int:
+    """Blocks whose parameters fit a few megabytes: larger ones fall out of the cache."""
+    each = max(trees.nbytes(problem.model()["params"]), 1)
+    return max(4, min(32, 8_000_000 // each))
+
+
+@contextmanager
+def _watched(module: nn.Module, layers: Layers) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """The layers that are being run now, outermost first, and what batched each of those that have run."""
+    inside: list[str] = []
+    paths: dict[str, str] = {}
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            inside.append(name)
+            layers.used.clear()
+
+        return hook
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            inside.pop()
+            paths[name] = ", ".join(sorted(layers.used)) or "vmap"
+
+        return hook
+
+    handles = []
+    for name, layer in module.named_modules():
+        if not any(True for _ in layer.children()):
+            label = f"{name or 'model'} ({type(layer).__name__})"
+            handles += [
+                layer.register_forward_pre_hook(enter(label)),
+                layer.register_forward_hook(leave(label)),
+            ]
+    try:
+        yield inside, paths
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hint(module: nn.Module) -> str:
+    """What to use instead of a layer that does not vectorise."""
+    for layer in module.modules():
+        if isinstance(layer, nn.LSTM | nn.GRU):
+            kind = type(layer).__name__
+            return f"coterie.models.{kind} is a drop-in replacement for nn.{kind} that can be batched"
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is None:
+            return "give BatchNorm a momentum"
+    return "branching on values and .item() cannot be batched; torch.where often can stand in"
+
+
+def _stacked(these: Sequence[Tree]) -> Tree:
+    return trees.map_tree(lambda *leaves: torch.stack(leaves), *these)
+
+
+def _row(tree: Tree, row: int) -> Tree:
+    return trees.map_tree(lambda leaf: leaf[row].clone(), tree)
+
+
+def _first(tree: Tree, n: int) -> Tree:
+    return trees.map_tree(lambda leaf: leaf[:n], tree)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
