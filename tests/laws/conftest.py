@@ -17,6 +17,7 @@ SMALL = {
     "schedule": {"kind": "synchronous", "rounds": 4, "cohort": 5},
     "system": {"drop_out": 0.15, "duration": {"kind": "log_normal"}},
     "run": {"evaluate_clients": False},
+    "backend": {"trainer": "loop"},
 }
 
 KINDS = {

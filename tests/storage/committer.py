@@ -1,7 +1,7 @@
 """A run of small commits, in processes that get killed. Commands come on stdin, one a line:
 
     after SECONDS     kill the run that long after it starts
-    event NUMBER      let it kill itself just before its NUMBERth file operation
+    event NUMBER      let it kill itself just before its NUMBERth file operation or SQL statement
     until ROUND       let it run to the end of that round
 
 A forked child does each, for importing torch takes longer than hundreds of commits.
@@ -9,8 +9,10 @@ A forked child does each, for importing torch takes longer than hundreds of comm
 
 import os
 import signal
+import sqlite3
 import sys
 import time
+from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -25,11 +27,10 @@ def commits(path: Path, last: int) -> None:
     run = RunFolder.open(path)
     with run.lock():
         checkpoints, memories = run.checkpoints(keep=2), run.memories(cache_bytes=100)
-        tree = {"state": torch.ones(4, dtype=torch.float64), "current": {}}
-        number, tree, _ = checkpoints.latest() or (-1, tree, {})
+        number, tree, _ = checkpoints.latest() or (-1, {"state": torch.ones(4, dtype=torch.float64)}, {})
         run.truncate(number)
-        state, current = tree["state"], tree["current"]
-        kept = [current]
+        memories.back_to(number)
+        state, current = tree["state"], ChainMap({}, memories.at(number))
         for round_ in range(number + 1, last + 1):
             client = CLIENTS[round_ % 3]
             memory = memories.get(client, current.get(client))
@@ -37,17 +38,17 @@ def commits(path: Path, last: int) -> None:
                 torch.full((4,), 0.3, dtype=torch.float64) if memory is None else memory * 0.7 + state.sin()
             )
             state = state * 0.9 + memory
+            for other in CLIENTS:  # of tasks that are lost; 128 bytes, more than stays in RAM
+                memories.put(other, -round_ - 1, -memory)
             memories.put(client, round_, memory)
-            current = current | {client: round_}
-            memories.commit({client: round_})
+            current[client] = round_
+            memories.commit(round_, {client: round_})
             run.append({"round": round_, "sum": float(state.sum())})
-            checkpoints.save(round_, {"state": state, "current": current}, {"round": round_})
-            kept = [*kept, current][-2:]
-            memories.prune(kept)
+            memories.prune(checkpoints.save(round_, {"state": state}, {"round": round_}))
 
 
 def kill_at(number: int, path: Path) -> None:
-    """Die just before the `number`th operation on a file or folder below `path`, or fsync, from now on."""
+    """Die just before the `number`th operation on a file or folder below `path`, or fsync, or SQL statement."""
     left = [number]
 
     def step() -> None:
@@ -63,8 +64,14 @@ def kill_at(number: int, path: Path) -> None:
         step()
         really(descriptor)
 
+    def connect(*arguments: object, really=sqlite3.connect, **named: object) -> sqlite3.Connection:
+        file = really(*arguments, **named)  # its own operations are not seen, so between its statements
+        file.set_trace_callback(lambda statement: step())
+        return file
+
     sys.addaudithook(watch)
     os.fsync = fsync
+    sqlite3.connect = connect
 
 
 def main(path: Path) -> None:

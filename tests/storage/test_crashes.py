@@ -7,9 +7,10 @@ import resource
 import runpy
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def check(path):
         found = run.checkpoints().latest()
         number, tree, meta = found or (
             -1,
-            {"state": torch.ones(4, dtype=torch.float64), "current": {}},
+            {"state": torch.ones(4, dtype=torch.float64)},
             {"round": -1},
         )
         run.truncate(number)
@@ -51,9 +52,12 @@ def check(path):
         assert [row["round"] for row in run.rows()] == list(range(number + 1))
         assert [row["sum"] for row in run.rows()] == pytest.approx(sums, rel=1e-12)
         assert tree["state"].tolist() == pytest.approx([state] * 4, rel=1e-12)
-        assert tree["current"].keys() == memory.keys()
         memories = run.memories()
-        for client, generation in tree["current"].items():
+        memories.back_to(number)
+        current = memories.at(number)
+        assert current.keys() == memory.keys()
+        for client, generation in current.items():
+            assert generation == max(n for n in range(number + 1) if CLIENTS[n % 3] == client)
             assert memories.get(client, generation).tolist() == pytest.approx([memory[client]] * 4, rel=1e-12)
     return number
 
@@ -63,7 +67,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
     for path in (run, whole):
         RunFolder.create(None, "", out=path).write_config({})
     draw = rng(derive(7, "kills"))
-    kills = [f"event {n}" for n in range(1, 41)] + [f"after {draw.uniform(0, 0.04)}" for _ in range(20)]
+    kills = [f"event {n}" for n in range(1, 81)] + [f"after {draw.uniform(0, 0.04)}" for _ in range(20)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
     def tell(command):
@@ -81,6 +85,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
             shutil.copytree(run, copy)  # so that the run itself resumes from what the kill left, unaided
             reached.append(check(copy))
             shutil.rmtree(copy)
+        print(reached)
         assert reached == sorted(reached)
         # the kills did fall into different commits; how many a slow machine gets to is chance
         assert len(set(reached)) > 10
@@ -93,8 +98,12 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
     assert [end[0] for end in ends] == [last, last]
     assert torch.equal(ends[0][1]["state"], ends[1][1]["state"])
     # Of each client only what the two checkpoints refer to is left: two generations for the last one only.
-    generations = [sorted(int(p.stem) for p in d.glob("*")) for d in (run / "memories").glob("[!.]*")]
-    assert sorted(generations) == sorted([[last - 2], [last - 1], [last - 3, last]])
+    with closing(sqlite3.connect(run / "memories" / "memories.sqlite3")) as file:
+        left = file.execute("select client, generation from generations order by generation").fetchall()
+        assert left == [(CLIENTS[n % 3], n) for n in range(last - 3, last + 1)]
+        assert file.execute("select count(*) from bodies").fetchone() == (4,)
+        assert file.execute("pragma integrity_check").fetchone() == ("ok",)
+    assert names(run / "memories") == ["memories.sqlite3"]
 
 
 def names(folder):
@@ -134,12 +143,17 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
 
 def test_full_disk_leaves_memories_pending(tmp_path):
     memories = Memories(tmp_path)
-    memories.put("a", 1, torch.ones(5000))
-    with largest_file(4096), pytest.raises(RunError, match="disk full"):
-        memories.commit({"a": 1})
-    assert torch.equal(memories.get("a", 1), torch.ones(5000))
-    memories.commit({"a": 1})
-    assert torch.equal(Memories(tmp_path).get("a", 1), torch.ones(5000))
+    memories.put("a", 1, torch.ones(10))
+    memories.commit(1, {"a": 1})
+    memories.put("a", 2, torch.ones(50_000))
+    with largest_file(100_000), pytest.raises(RunError, match=r"disk full: .*memories\.sqlite3") as caught:
+        memories.commit(2, {"a": 2})
+    assert caught.value.hint
+    assert dict(memories.at(2)) == {"a": 1}
+    assert torch.equal(memories.get("a", 2), torch.ones(50_000))
+    memories.commit(2, {"a": 2})
+    memories.close()
+    assert torch.equal(Memories(tmp_path).get("a", 2), torch.ones(50_000))
 
 
 def test_full_disk_leaves_whole_metrics(tmp_path):

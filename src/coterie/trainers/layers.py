@@ -9,7 +9,7 @@ tests/trainers/test_layers.py; what each gains is in docs/performance.md.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-# ruff: noqa: ARG001, ARG004  (signatures are those of the functions they replace)
+# ruff: noqa: ARG001, ARG004
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
