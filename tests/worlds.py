@@ -51,10 +51,19 @@ class World:
         return tuple(self.people)
 
     def play(
-        self, algorithm, schedule, *, trainer=None, data=None, plan=None, relays=None, **backend
+        self,
+        algorithm,
+        schedule,
+        *,
+        trainer=None,
+        data=None,
+        plan=None,
+        relays=None,
+        memories=None,
+        **backend,
     ) -> Outcome:
         """Drive the schedule's plan to its end. trainer: Loop unless told. backend: duration, dropped."""
-        trainer, memories = trainer or Loop(self.problem, self.seed), Memories()
+        trainer, memories = trainer or Loop(self.problem, self.seed), memories or Memories()
         sent, trained, events, commits = [], [], [], []
         site = Site(algorithm, trainer, lambda model, data: {}, data or self.people.__getitem__, memories)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.decomposition import PCA
 
 from coterie.core.errors import ConfigError, DataError
@@ -296,6 +297,10 @@ def test_regression_targets_need_bins_or_another_skew():
         ("natural", {"column": "sites"}, "column 'sites'"),
         ("range", {"column": "age", "clients": 100}, "different values"),
         ("hash", {"column": "site", "clients": 5}, "only 4 different values"),
+        ("sampled", {"clients": 0}, "clients must be a whole number >= 1"),
+        ("sampled", {"clients": 5, "samples": 3001}, "only 3000 rows"),
+        ("sampled", {"clients": 5, "sigma": -1}, "sigma must be"),
+        ("sampled", {"clients": 5, "alpha": 0}, r"sampled\(alpha=0\): alpha must be > 0"),
     ],
 )
 def test_what_cannot_work_is_a_config_error(labelled, kind, options, message):
@@ -337,3 +342,64 @@ def test_every_kind_takes_examples_and_a_key():
     for function in PARTITIONS.values():
         parameters = inspect.signature(function).parameters
         assert list(parameters)[:2] == ["examples", "key"]
+
+
+def test_sampled_rows_are_distinct_and_uniform(labelled):
+    """Each row is held by Binomial(clients, samples / n) of the clients; false alarms 1e-6."""
+    parts = partitions.sampled(labelled, key=KEY, clients=600, samples=250)
+    held = np.zeros(3000)
+    for rows in parts.values():
+        assert rows.dtype == np.int64
+        assert len(np.unique(rows)) == len(rows) == 250
+        held[rows] += 1
+    p = 250 / 3000
+    assert abs(held.mean() - 600 * p) < 1e-9
+    spread = ((held - 600 * p) ** 2).sum() / (600 * p * (1 - p))  # nearly chi-square of 2,999 degrees
+    assert stats.chi2.sf(spread, 2999) > 1e-6
+    assert stats.chi2.cdf(spread, 2999) > 1e-6
+    firsts = np.array([rows[0] for rows in parts.values()])  # shuffled: no part of the rows comes first
+    assert stats.kstest(firsts / 3000, "uniform").pvalue > 1e-6
+    everything = partitions.sampled(labelled, key=KEY, clients=2, samples=3000)
+    assert np.array_equal(np.sort(everything["client-001"]), np.arange(3000))
+
+
+def test_sampled_sizes_are_log_normal_and_known_without_the_rows(labelled):
+    parts = partitions.sampled(labelled, key=KEY, clients=4000, samples=60, sigma=0.7)
+    sizes = np.array([parts.size(client) for client in parts])
+    assert stats.kstest(np.log(sizes / 60) / 0.7, "norm").statistic < 0.05  # sizes are rounded
+    for client in list(parts)[:200]:
+        rows = parts[client]
+        assert len(np.unique(rows)) == len(rows) == parts.size(client)
+    wide = partitions.sampled(labelled, key=KEY, clients=2000, samples=60, sigma=5.0)
+    sizes = [wide.size(client) for client in wide]
+    assert (min(sizes), max(sizes)) == (1, 3000)
+
+
+def test_sampled_label_shares_have_the_moments_of_the_distribution(labelled):
+    """Dirichlet(alpha p), then a multinomial: mean p, variance p (1 - p) (1 + (m - 1) / (1 + alpha)) / m."""
+    y, m, alpha = labelled.y.numpy(), 100, 2.0
+    parts = partitions.sampled(labelled, key=KEY, clients=3000, samples=m, alpha=alpha)
+    shares = np.stack([np.bincount(y[rows], minlength=10) for rows in parts.values()]) / m
+    assert all(len(np.unique(rows)) == m for rows in list(parts.values())[:300])
+    p = np.bincount(y) / len(y)
+    variance = p * (1 - p) * (1 + (m - 1) / (1 + alpha)) / m
+    large = p > 0.05  # few clients run out of these labels, which would even them out
+    assert shares.mean(axis=0)[large] == pytest.approx(p[large], abs=6 * np.sqrt(variance.max() / 3000))
+    assert shares.var(axis=0)[large] == pytest.approx(variance[large], rel=0.15)
+    assert np.ptp([list(rows).index(max(rows)) for rows in parts.values()]) > 90  # shuffled, labels too
+
+
+def test_sampled_takes_from_other_labels_when_one_runs_out():
+    y = torch.tensor([0] * 5 + [1] * 95)
+    parts = partitions.sampled(Examples(torch.zeros(100, 1), y), key=KEY, clients=200, samples=90, alpha=0.1)
+    assert all(len(np.unique(rows)) == 90 for rows in parts.values())
+
+
+def test_a_lazy_partition_is_described_by_a_sample(labelled):
+    few = partitions.sampled(labelled, key=KEY, clients=2000, samples=50)
+    many = partitions.sampled(labelled, key=KEY, clients=1_000_000, samples=50)
+    ours, all_of_them = describe(labelled, many), describe(labelled, dict(few))
+    assert (ours.among, len(ours.clients), all_of_them.among) == (1_000_000, 2000, 2000)
+    assert ours.clients[:2] == ("client-000000", "client-000500")
+    assert ours.mean_jensen_shannon == pytest.approx(all_of_them.mean_jensen_shannon, rel=0.05)
+    assert np.array_equal(describe(labelled, few).counts, all_of_them.counts)

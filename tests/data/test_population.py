@@ -6,7 +6,18 @@ from hypothesis import strategies as st
 
 from coterie.core.errors import ConfigError, DataError
 from coterie.core.seeds import derive
-from coterie.data import Dataset, Examples, batches, digits, iid, populate, power_law
+from coterie.data import (
+    Dataset,
+    Examples,
+    Numbered,
+    batches,
+    digits,
+    iid,
+    populate,
+    power_law,
+    sampled,
+    spread,
+)
 from coterie.data.splits import as_float
 
 KEY = derive(7, "population")
@@ -167,3 +178,51 @@ def test_bad_batches_are_refused_at_the_call():
         batches(10, epochs=1, batch_size=0, key=KEY)
     with pytest.raises(ConfigError, match="epochs=-1"):
         batches(10, epochs=-1, batch_size=1, key=KEY)
+
+
+def test_a_million_clients_cost_nothing_until_they_are_asked(dataset):
+    parts = sampled(dataset.train, key=KEY, clients=10**6, samples=40)
+    people = populate(dataset, parts, holdout=0.25, key=KEY)
+    assert len(people.clients) == len(parts) == 10**6
+    client = people.clients[765_432]
+    assert client == "client-765432"
+    assert people.sizes(client) == (30, 10)
+    train, test = people.split(client)
+    mine = people.data(client)
+    assert np.array_equal(people.rows(client), train)
+    assert torch.equal(mine.train[0], dataset.train.x[torch.from_numpy(train)])
+    assert torch.equal(mine.test[1], dataset.train.y[torch.from_numpy(test)])
+    assert len({*train.tolist(), *test.tolist()}) == 40
+    again = populate(dataset, sampled(dataset.train, key=KEY, clients=800_000, samples=40), key=KEY)
+    assert set(again.partition[client].tolist()) == {*train.tolist(), *test.tolist()}
+    for unknown in ("client-1000000", "client-0", "client-00000000", "client-x", "a", "client-٣٣٣٣٣٣"):
+        assert unknown not in people.clients
+        with pytest.raises(ConfigError, match="is not in the partition"):
+            people.data(unknown)
+        with pytest.raises(ConfigError, match="is not in the partition"):
+            people.sizes(unknown)
+    pooled = people.pooled()  # the rows that they share, once
+    assert torch.equal(pooled.train[0], dataset.train.x)
+    assert len(pooled.test[1]) == 0
+
+
+def test_a_lazy_partition_is_checked_where_it_is_looked_at(dataset):
+    small = Dataset("small", dataset.train.take(np.arange(50)), None, dataset.classes, as_float)
+    with pytest.raises(DataError, match="from 0 to 49"):
+        populate(small, sampled(dataset.train, key=KEY, clients=10**6), key=KEY)
+
+
+def test_numbered_clients_are_the_tuple_that_they_stand_for():
+    for total in (1, 1000, 1001):
+        lazily, plain = Numbered(total), [f"client-{i:0{3 + (total > 1000)}d}" for i in range(total)]
+        assert list(lazily) == plain
+        assert lazily[-1] == plain[-1]
+        assert lazily[total // 2 :: 3] == plain[total // 2 :: 3]
+        assert [lazily.index(client) for client in plain] == list(range(total))
+        assert all(client in lazily for client in plain)
+        with pytest.raises(IndexError):
+            lazily[total]
+        with pytest.raises(ValueError, match="not in the list"):
+            lazily.index(f"client-{total:04d}")
+    assert spread(Numbered(10**6), 4) == ["client-000000", "client-250000", "client-500000", "client-750000"]
+    assert spread(Numbered(3), 4) == list(Numbered(3))

@@ -85,7 +85,6 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
             shutil.copytree(run, copy)  # so that the run itself resumes from what the kill left, unaided
             reached.append(check(copy))
             shutil.rmtree(copy)
-        print(reached)
         assert reached == sorted(reached)
         # the kills did fall into different commits; how many a slow machine gets to is chance
         assert len(set(reached)) > 10

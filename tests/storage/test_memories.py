@@ -31,7 +31,7 @@ def test_against_a_dict(tmp_path, folder, cache_bytes):
     draw = rng(derive(3, "memories", cache_bytes, str(folder)))
     place = tmp_path if folder else None
     memories, truth = Memories(place, cache_bytes), {}
-    history, version, kept = {0: {}}, 0, [0]
+    history, newest, version, kept = {0: {}}, {0: 0}, 0, [0]
     flying = {}  # tasks that have answered, and may be accepted later
     for first in range(0, 180 if folder else 900, 6):  # a commit on disk waits for it
         asked = draw.choice(len(CLIENTS), size=3, replace=False).tolist()
@@ -50,13 +50,15 @@ def test_against_a_dict(tmp_path, folder, cache_bytes):
         version += 1
         memories.commit(version, accepted, flying)
         history[version] = history[version - 1] | accepted
+        newest[version] = version if accepted else newest[version - 1]
+        assert memories.newest() == newest[version]
         if draw.random() < 0.2:  # killed: before the checkpoint, or with its newest file damaged
             version = kept[-1] if draw.random() < 0.7 else kept[0]
             kept, flying = [n for n in kept if n <= version], {}
             if folder:
                 memories.close()
                 memories = Memories(place, cache_bytes)
-            memories.back_to(version)
+            memories.back_to(version, newest[version])
             assert dict(memories.at(version)) == history[version]
             continue
         if draw.random() < 0.8:
@@ -164,6 +166,9 @@ def test_damage_is_noticed_and_named(tmp_path):
             Memories(tmp_path).get(client, 1)
         damaged += "not as it was written" in str(caught.value)
     assert damaged == 2
+    path.unlink()
+    with pytest.raises(RunError, match=r"memories of version 1 are missing"):
+        Memories(tmp_path).back_to(1, newest=1)
     path.write_bytes(b"not a database, but long enough to be looked at" * 20)
     with pytest.raises(RunError, match=r"memories\.sqlite3 is damaged") as caught:
         Memories(tmp_path).get("a", 1)

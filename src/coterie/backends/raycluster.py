@@ -86,7 +86,7 @@ class Actors:
         patience = None if any(hand.ready for hand in engaged.values()) else PATIENCE
         if not self.ray.wait(futures, timeout=patience)[0]:
             raise RunError(
-                f"the Ray cluster started no actor within {PATIENCE:.0f} s: it has no room, or its nodes died",
+                f"the Ray cluster started no actor within {PATIENCE:.0f} s: it has no room left for one",
                 "see `ray status`; then go on with --resume, perhaps with fewer backend.cpus or backend.gpus",
             )
         return [engaged[f] for f in self.ray.wait(futures, num_returns=len(futures), timeout=0)[0]]
@@ -110,8 +110,8 @@ class Actors:
         room = min((int(total / need + 1e-9) for total, need in shares), default=int(has.get("CPU", 1)))
         if not room:
             raise ConfigError(
-                f"backend: an actor takes {each['num_cpus']} CPUs and {each['num_gpus']} GPUs; the Ray cluster "
-                f"has {has.get('CPU', 0):g} and {has.get('GPU', 0):g} in all",
+                f"backend.cpus = {each['num_cpus']:g}, gpus = {each['num_gpus']:g}: the Ray cluster has "
+                f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs in all",
                 "lower backend.cpus or backend.gpus",
             )
         return actors or room
@@ -172,12 +172,13 @@ class Actor:
 
     def __init__(self, make: Make, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.make, self.shard = make, None
+        self.make = make
+        self.shard: Shard | None = None
 
     def start(self) -> Failed | None:
         """Build the site; the error, if it cannot be."""
         try:
-            self.shard: Shard | None = Shard(self.make, listen())
+            self.shard = Shard(self.make, listen())
         except Exception as error:
             return Failed(portable(error))
         return None

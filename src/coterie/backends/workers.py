@@ -10,10 +10,11 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import connection, parent_process
+from multiprocessing import connection, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
 from multiprocessing.util import Finalize
@@ -219,16 +220,21 @@ class Sealed:
 
 def _serve(pipe: Pipe, make: Sealed, threads: int) -> None:
     """A worker's life: get ready, then answer until told to end or alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         shard = Shard(make.open(), listen())
     except Exception as error:
-        _send(pipe, None, Failed(portable(error)))
+        with suppress(OSError):
+            _send(pipe, None, Failed(portable(error)))
         return
     with suppress(OSError, EOFError):  # the driver is gone, or needs this worker no more
         _send(pipe, None, None)
         _answer(pipe, shard)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking torch down in good order takes a second, for nothing
 
 
 def _answer(pipe: Pipe, shard: Shard) -> None:
@@ -295,6 +301,7 @@ def _interrupts_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # the first process starts it, and that unblocks
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -33,6 +33,7 @@ from coterie.data.datasets import (
     pneumoniamnist,
     shakespeare,
 )
+from coterie.data.held import Held, holdings
 from coterie.data.lazy import Lazy, Numbered, spread
 from coterie.data.partitions import (
     PARTITIONS,
@@ -61,6 +62,7 @@ __all__ = [
     "ClientData",
     "Dataset",
     "Examples",
+    "Held",
     "Lazy",
     "Numbered",
     "Partition",
@@ -82,6 +84,7 @@ __all__ = [
     "from_npz",
     "from_table",
     "from_torch",
+    "holdings",
     "iid",
     "log_normal",
     "mnist",

@@ -39,11 +39,12 @@ class Lazy(Mapping[ClientId, Rows]):
         return client in self.clients
 
 
-@dataclass(frozen=True, slots=True)
 class Numbered(Sequence[ClientId]):
     """The ids "client-000", "client-001", ... of so many clients, without holding them."""
 
-    total: int
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.digits = max(3, len(str(total - 1)))
 
     def __len__(self) -> int:
         return self.total
@@ -55,13 +56,13 @@ class Numbered(Sequence[ClientId]):
     def __getitem__(self, place: int | slice) -> ClientId | list[ClientId]:
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(self.total))]
-        width = max(3, len(str(self.total - 1)))
-        return f"client-{range(self.total)[place]:0{width}d}"
+        return f"client-{range(self.total)[place]:0{self.digits}d}"
 
     def __contains__(self, client: object) -> bool:
-        head, _, digits = str(client).partition("-")
-        known = head == "client" and digits.isascii() and digits.isdigit() and int(digits) < self.total
-        return known and self[int(digits)] == client
+        if not (isinstance(client, str) and client.startswith("client-") and client.isascii()):
+            return False
+        digits = client[7:]
+        return len(digits) == self.digits and digits.isdigit() and int(digits) < self.total
 
     def index(self, client: ClientId, start: int = 0, stop: int | None = None) -> int:
         """Return the place of an id. Raises ValueError when there is none."""

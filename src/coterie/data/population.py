@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
@@ -38,8 +39,9 @@ class Population:
 
     def sizes(self, client: ClientId) -> tuple[int, int]:
         """Return how many training and test rows the client has. Raises ConfigError for an unknown client."""
-        if isinstance(self.partition, Lazy) and client in self.partition:
-            return self._parts(self.partition.size(client))
+        if isinstance(self.partition, Lazy):
+            with suppress(KeyError):
+                return self._parts(self.partition.size(client))
         return self._parts(len(self._rows(client)))
 
     def split(self, client: ClientId) -> tuple[Rows, Rows]:

@@ -13,16 +13,25 @@ from torch import Tensor, nn
 
 from coterie.aggregators import krum, mean
 from coterie.algorithms import ALGORITHMS, OPTIMIZERS, Local, gradient
-from coterie.backends import InProcess, Pool, Site, Store
+from coterie.backends import Device, InProcess, Pool, Site, Store
 from coterie.core import Aggregator, Algorithm, ClientId, ConfigError, derive, seeded
-from coterie.data import DATASETS, PARTITIONS, ClientData, Dataset, Population, from_torch, populate
+from coterie.data import (
+    DATASETS,
+    PARTITIONS,
+    ClientData,
+    Dataset,
+    Held,
+    Population,
+    from_torch,
+    holdings,
+    populate,
+)
 from coterie.experiment import parts
 from coterie.experiment.config import Config, data_folders, to_dict
 from coterie.experiment.system import device
 from coterie.models import MODELS
 from coterie.schedules import SCHEDULES, STALENESS, Buffered, Gossip
 from coterie.schedules.synchronous import share
-from coterie.storage import Memories
 from coterie.trainers import Custom, Loop, Problem, Vectorised
 
 TRAINERS = ("auto", "vectorised", "loop", "custom")
@@ -50,17 +59,19 @@ class Parts:
 
     def site(self, memories: Store) -> Site:
         """What answers the clients' tasks."""
-        return Site(
-            self.algorithm, self.trainer, self._evaluate, self.population.data, memories, self._samples
-        )
+        data = holdings(self.population)
+        return Site(self.algorithm, self.trainer, self._evaluate, data, memories, self._samples)
 
     def backend(self, pool: Pool, clock: Mapping[str, Any] | None) -> InProcess:
         """The simulation of the configured devices."""
-        config, key = self.config, derive(self.config.seed, "system")
-        devices = device(config.system, key=key, samples=self._samples, folder=config.folder)
-        return InProcess(pool, device=devices, clock=clock, on_nan=config.run["on_nan"])
+        return InProcess(pool, device=self.device(), clock=clock, on_nan=self.config.run["on_nan"])
 
-    def _evaluate(self, model: Any, data: ClientData) -> dict[str, float]:
+    def device(self) -> Device:
+        """The simulated devices."""
+        config, key = self.config, derive(self.config.seed, "system")
+        return device(config.system, key=key, samples=self._samples, folder=config.folder)
+
+    def _evaluate(self, model: Any, data: ClientData | Held) -> dict[str, float]:
         return self.problem.measure(model, *data.test)
 
     def _samples(self, client: ClientId) -> int:
@@ -89,7 +100,7 @@ def assemble(
     test = _test(population)
     problem.check(test[0][:2], test[1][:2], len(dataset.classes) if dataset.classes else None)
     made = Parts(config, population, problem, initial, local, algorithm, schedule, trainer, note, test)
-    made.backend(made.site(Memories()), None)  # checks [system]
+    made.device()  # checks [system]
     _refuse_pairs(made)
     plan = schedule(algorithm, algorithm.init(initial), population.clients)
     next(plan)  # a plan does no I/O, so what it would refuse at its start is found out here

@@ -140,8 +140,16 @@ class Memories:
         """Which generation each client's memory was of at a version that is not pruned yet; read as asked."""
         return _At(self, version)
 
-    def back_to(self, version: int) -> None:
-        """Drop what later commits accepted and what none did: the run goes on from this version."""
+    def newest(self) -> int:
+        """The last version that accepted any memory; 0 when none did."""
+        found = self._rows("select max(version) from generations", ())
+        return (found[0][0] if found else None) or 0
+
+    def back_to(self, version: int, newest: int | None = None) -> None:
+        """Drop what later commits accepted and what none did: the run goes on from this version.
+
+        newest: what `newest()` was at that version. Raises RunError when it is not now: memories are missing.
+        """
         self._pending, self._pending_bytes, self._spilled = {}, 0, set()
         self._cache.clear()
         self._cached_bytes = 0
@@ -150,6 +158,11 @@ class Memories:
                 query = "select client, generation from generations where version is null or version > ?"
                 self._delete(file, file.execute(query, (version,)).fetchall())
                 file.execute("update generations set until = null where until > ?", (version,))
+        if newest is not None and newest != self.newest():
+            raise RunError(
+                f"{self._name()}: clients' memories of version {newest} are missing",
+                "use a copy of the run folder",
+            )
 
     def prune(self, oldest: int) -> None:
         """Drop what no version from `oldest` on needs, once the newest checkpoint is durable."""
@@ -245,6 +258,8 @@ class Memories:
         """Say which file SQLite complains of, and what to do."""
         try:
             yield
+        except sqlite3.IntegrityError:
+            raise  # a task's memory committed twice: a mistake of the caller's
         except sqlite3.DatabaseError as error:
             if error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
                 raise RunError(

@@ -18,7 +18,7 @@ from torch import nn
 
 from coterie.core.seeds import Key, derive, seeded
 from coterie.core.types import Algorithm, ClientId, Reply, Task, Tree
-from coterie.data import ClientData
+from coterie.data import ClientData, Held
 from coterie.trainers.loop import task_key, weight_of
 from coterie.trainers.problem import Problem, load_into, read_from
 
@@ -53,8 +53,12 @@ class Custom:
     ) -> None:
         self.problem, self.seed, self.user = problem, seed, fit
 
-    def fit(self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData) -> tuple[Reply, Tree]:
+    def fit(
+        self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData | Held
+    ) -> tuple[Reply, Tree]:
         """Load the server's model, call the user's function, send what it made of it."""
+        if isinstance(data, Held):
+            data = ClientData(data.train, data.test, data.weight)
         work, key = algorithm.client_work, task_key(self.seed, task)
         module = copy.deepcopy(self.problem.training)
         load_into(module, task.down["model"])

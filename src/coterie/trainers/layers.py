@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from coterie.trainers.recurrent import Recurrence
 
+WIDE = 16  # input channels from which clients' convolutions are done one after the other
 aten = torch.ops.aten
 Function = torch.autograd.Function
 
@@ -255,7 +256,7 @@ def _grouped(x: Tensor, dim: int | None, clients: int) -> Tensor:
     spatial = list(range(3, x.dim()))
     last = x.permute(0, *spatial, 1, 2)
     merged = last.reshape(*last.shape[:-2], -1)
-    return merged.permute(0, merged.dim() - 1, *range(1, merged.dim() - 1))
+    return _last(merged.permute(0, merged.dim() - 1, *range(1, merged.dim() - 1)))
 
 
 class _Conv(Function):
@@ -279,13 +280,19 @@ class _Conv(Function):
 
     @staticmethod
     def vmap(info, in_dims, x, w, b, stride, padding, dilation, groups):
-        n = info.batch_size
+        n, none = info.batch_size, [0] * len(stride)
         weight, bias = _front(w, in_dims[1], n), _front(b, in_dims[2], n)
+        if _one_by_one(weight):
+            x = _front(x, in_dims[0], n)
+            made = [
+                aten.convolution(_last(x[i]), _last(weight[i]), None if bias is None else bias[i],
+                                 stride, padding, dilation, False, none, groups)
+                for i in range(n)
+            ]  # fmt: skip
+            return _stacked(made), 0
         y = aten.convolution(
-            _grouped(x, in_dims[0], n),
-            _last(weight.flatten(0, 1)),
-            None if bias is None else bias.flatten(),
-            stride, padding, dilation, False, [0] * len(stride), n * groups,
+            _grouped(x, in_dims[0], n), _last(weight.flatten(0, 1)), None if bias is None else bias.flatten(),
+            stride, padding, dilation, False, none, n * groups,
         )  # fmt: skip
         return y.unflatten(1, (n, -1)), 1
 
@@ -311,16 +318,37 @@ class _ConvBack(Function):
 
     @staticmethod
     def vmap(info, in_dims, dy, x, w, stride, padding, dilation, groups, needs_x, bias):
-        n = info.batch_size
-        weight = _front(w, in_dims[2], n)
+        n, none, empty = info.batch_size, [0] * len(stride), dy.new_empty(0)
+        weight, mask = _front(w, in_dims[2], n), [needs_x, True, bias]
+        if _one_by_one(weight):
+            dy, x = _front(dy, in_dims[0], n), _front(x, in_dims[1], n)
+            made = [
+                aten.convolution_backward(_last(dy[i]), _last(x[i]), _last(weight[i]), [weight.shape[1]],
+                                          stride, padding, dilation, False, none, groups, mask)
+                for i in range(n)
+            ]  # fmt: skip
+            dxs, dws, dbs = zip(*made, strict=True)
+            dx = _stacked(dxs) if needs_x else empty
+            return (dx, torch.stack(dws), torch.stack(dbs) if bias else empty), (
+                0 if needs_x else None, 0, 0 if bias else None
+            )  # fmt: skip
         dx, dw, db = aten.convolution_backward(
             _grouped(dy, in_dims[0], n), _grouped(x, in_dims[1], n), _last(weight.flatten(0, 1)),
-            [weight.shape[0] * weight.shape[1]], stride, padding, dilation, False, [0] * len(stride),
-            n * groups, [needs_x, True, bias],
+            [weight.shape[0] * weight.shape[1]], stride, padding, dilation, False, none, n * groups, mask,
         )  # fmt: skip
-        dx = dx.unflatten(1, (n, -1)) if needs_x else dy.new_empty(0)
-        db = db.unflatten(0, (n, -1)) if bias else dy.new_empty(0)
+        dx = dx.unflatten(1, (n, -1)) if needs_x else empty
+        db = db.unflatten(0, (n, -1)) if bias else empty
         return (dx, dw.unflatten(0, (n, -1)), db), (1 if needs_x else None, 0, 0 if bias else None)
+
+
+def _one_by_one(weight: Tensor) -> bool:
+    """Are one client's channels [clients, out, in, ...] so many that groups only get in each other's way?"""
+    return weight.dim() == 5 and weight.shape[2] >= WIDE
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """[B, channels, H, W] of each client -> [clients, B, channels, H, W] with channels last in memory."""
+    return torch.stack([each.permute(0, 2, 3, 1) for each in images]).permute(0, 1, 4, 2, 3)
 
 
 def _last(w: Tensor) -> Tensor:
@@ -392,8 +420,11 @@ class _MaxPool(Function):
     @staticmethod
     def vmap(info, in_dims, x, *options):
         n = info.batch_size
-        y, index = aten.max_pool2d_with_indices(_grouped(x, in_dims[0], n), *options)
-        return (y.unflatten(1, (n, -1)), index.unflatten(1, (n, -1))), (1, 1)
+        if in_dims[0] == 0:
+            made = aten.max_pool2d_with_indices(_last(x.flatten(0, 1)), *options)
+            return tuple(each.unflatten(0, (n, -1)) for each in made), (0, 0)
+        made = aten.max_pool2d_with_indices(_grouped(x, in_dims[0], n), *options)
+        return tuple(each.unflatten(1, (n, -1)) for each in made), (1, 1)
 
 
 class _MaxPoolBack(Function):
@@ -412,6 +443,10 @@ class _MaxPoolBack(Function):
     @staticmethod
     def vmap(info, in_dims, dy, x, index, *options):
         n = info.batch_size
+        if in_dims[1] == 0:
+            given = (_front(each, dim, n) for each, dim in zip((dy, x, index), in_dims, strict=False))
+            dy, x, index = (_last(each.flatten(0, 1)) for each in given)
+            return aten.max_pool2d_with_indices_backward(dy, x, *options, index).unflatten(0, (n, -1)), 0
         dy, x, index = (_grouped(each, dim, n) for each, dim in zip((dy, x, index), in_dims, strict=False))
         return aten.max_pool2d_with_indices_backward(dy, x, *options, index).unflatten(1, (n, -1)), 1
 

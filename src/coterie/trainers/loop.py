@@ -13,7 +13,7 @@ from torch import Tensor
 from coterie.core import trees
 from coterie.core.seeds import Key, derive, seeded
 from coterie.core.types import Algorithm, ClientWork, Params, Reply, Task, Tree
-from coterie.data import ClientData, batches
+from coterie.data import ClientData, Held, batches
 from coterie.data.types import Rows
 from coterie.trainers.problem import Problem
 
@@ -93,7 +93,9 @@ class Loop:
         self.problem = problem
         self.seed = seed
 
-    def fit(self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData) -> tuple[Reply, Tree]:
+    def fit(
+        self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData | Held
+    ) -> tuple[Reply, Tree]:
         """Train on one client's data; return its reply and its new memory.
 
         memory: of the generation that the task names; None for a new client.
@@ -103,17 +105,22 @@ class Loop:
             memory = work.remember(task.down)
         params, carry = work.start(task.down, memory, task.config)
         steps, seen, loss = 0, 0, torch.zeros((), dtype=torch.float64)
-        count, least = len(data.train[1]), self.problem.least_rows
-        rows = rows_of(count, task.config, derive(key, "batches"), least=least)
+        train, least = data.train, self.problem.least_rows
+        rows = rows_of(len(train[1]), task.config, derive(key, "batches"), least=least)
         with seeded(derive(key, "torch")):
-            for step in descend(self.problem, work, params, carry, data.train, rows, key):
+            for step in descend(self.problem, work, params, carry, train, rows, key):
                 steps, seen = steps + 1, seen + step.examples
                 loss += step.carry["loss"].double() * step.examples
         up, memory = work.finish(step.params, task.down, step.carry, steps)
         return Reply(task, up, weight_of(task, data), {"loss": float(loss) / seen}, samples=seen), memory
 
 
-def weight_of(task: Task, data: ClientData) -> float:
+def count_of(data: ClientData | Held) -> int:
+    """How many training rows a client has."""
+    return len(data.rows) if isinstance(data, Held) else len(data.train[1])
+
+
+def weight_of(task: Task, data: ClientData | Held) -> float:
     """What the client's update weighs: its samples, 1, or the weight that its data names."""
     weighting = task.config["weighting"]
     if weighting == "uniform":
@@ -122,4 +129,4 @@ def weight_of(task: Task, data: ClientData) -> float:
         if data.weight is None:
             raise ValueError(f"client {task.client} names no weight")
         return data.weight
-    return float(len(data.train[1]))
+    return float(count_of(data))

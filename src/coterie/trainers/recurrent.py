@@ -6,7 +6,7 @@ torch.nn.GRU). The gradient of W_hh is one matrix product over all steps, after 
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-# ruff: noqa: ARG001, ARG004, D102, RUF059
+# ruff: noqa: ARG001, D102, RUF059
 from __future__ import annotations
 
 import torch

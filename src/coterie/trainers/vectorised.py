@@ -17,10 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.func import vmap
@@ -31,11 +33,11 @@ from coterie.core import trees
 from coterie.core.errors import RunError
 from coterie.core.seeds import Key, derive, seeded
 from coterie.core.types import Algorithm, Params, Replies, Reply, Task, Tree
-from coterie.data import ClientData
+from coterie.data import ClientData, Held
 from coterie.data.types import Rows
 from coterie.trainers.graphs import in_place, tidy
 from coterie.trainers.layers import Layers
-from coterie.trainers.loop import rows_of, task_key, weight_of
+from coterie.trainers.loop import count_of, rows_of, task_key, weight_of
 from coterie.trainers.problem import Problem
 
 log = logging.getLogger("coterie")
@@ -87,7 +89,7 @@ class Vectorised:
         self.rows = [0, 0]  # computed, asked for: what padding wastes
         self.paths: dict[str, str] = {}  # layer -> what batches it, once `obstacle` has looked
 
-    def obstacle(self, algorithm: Algorithm, datas: Sequence[ClientData]) -> tuple[str, str] | None:
+    def obstacle(self, algorithm: Algorithm, datas: Sequence[ClientData | Held]) -> tuple[str, str] | None:
         """Why this model cannot be vectorised, and what to do; None when it can. datas: of two clients.
 
         Takes a step with both, and compares it with the step that each would take alone.
@@ -120,7 +122,9 @@ class Vectorised:
         how = f"{', '.join(own)} batched by hand, the rest by vmap" if own else "by vmap"
         return f"blocks of up to {self.width} clients; {how}"
 
-    def fit(self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData) -> tuple[Reply, Tree]:
+    def fit(
+        self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData | Held
+    ) -> tuple[Reply, Tree]:
         """Train one client, as a block of its own."""
         ((block, after),) = self.fit_block(algorithm, [task], [memory], [data])
         metrics = {name: values[0] for name, values in block.metrics.items()}
@@ -132,7 +136,7 @@ class Vectorised:
         algorithm: Algorithm,
         tasks: Sequence[Task],
         memories: Sequence[Tree],
-        datas: Sequence[ClientData],
+        datas: Sequence[ClientData | Held],
     ) -> list[tuple[Replies, Tree]]:
         """Train a block; tasks of one config. Returns stacked replies and stacked memories, or None.
 
@@ -157,7 +161,7 @@ class Vectorised:
         algorithm: Algorithm,
         tasks: Sequence[Task],
         memories: Sequence[Tree],
-        datas: Sequence[ClientData],
+        datas: Sequence[ClientData | Held],
     ) -> tuple[Replies, Tree]:
         keys = [task_key(self.seed, task) for task in tasks]
         drawn = [self._drawn(task, key, data) for task, key, data in zip(tasks, keys, datas, strict=True)]
@@ -184,12 +188,12 @@ class Vectorised:
         )
         return replies, None if after is None else _first(after, n)
 
-    def _drawn(self, task: Task, key: Key, data: ClientData) -> list[Rows]:
-        least = self.problem.least_rows
-        return list(rows_of(len(data.train[1]), task.config, derive(key, "batches"), least=least))
+    def _drawn(self, task: Task, key: Key, data: ClientData | Held) -> list[Rows]:
+        count, least = count_of(data), self.problem.least_rows
+        return list(rows_of(count, task.config, derive(key, "batches"), least=least))
 
     def _begin(
-        self, algorithm: Algorithm, tasks: Sequence[Task], memories: Sequence[Tree], data: ClientData
+        self, algorithm: Algorithm, tasks: Sequence[Task], memories: Sequence[Tree], data: ClientData | Held
     ) -> tuple[Stepper, dict[str, Tensor]]:
         """The algorithm's step, and the state that it starts from."""
         work, config, down = algorithm.client_work, tasks[0].config, tasks[0].down
@@ -232,7 +236,7 @@ class Vectorised:
         leaves: Mapping[str, Tensor],
         batched: Collection[str],
         spec: TreeSpec,
-        data: ClientData,
+        data: ClientData | Held,
     ) -> Stepper:
         """Take a step with two clients, to see which leaves it replaces, and which it adds to the carry."""
         x, y = (part[: max(2, self.problem.least_rows)] for part in data.train)
@@ -284,24 +288,22 @@ class Vectorised:
         self,
         stepper: Stepper,
         state: dict[str, Tensor],
-        datas: Sequence[ClientData],
+        datas: Sequence[ClientData | Held],
         drawn: Sequence[Sequence[Rows]],
         keys: Sequence[Key],
         *,
         record: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """All local steps of a block, the busiest clients first. Returns the state and the summed losses."""
-        begun = state
-        clients, steps = len(drawn), len(drawn[0]) if drawn else 0
-        x, y = (torch.cat([data.train[half] for data in datas]) for half in (0, 1))
-        starts = np.cumsum([0, *(len(data.train[1]) for data in datas[:-1])])
+        begun, clients = state, len(drawn)
+        x, y, index, mask = _laid_out(datas, drawn)
+        lengths = mask.sum(2).astype(np.int64)  # [steps, clients]
+        at, masks = torch.from_numpy(index), torch.from_numpy(mask)
         seeds = torch.tensor([int.from_bytes(derive(key, "dropout")[:8], "little") >> 1 for key in keys])
         losses = torch.zeros(clients, dtype=torch.float64)
-        full, unit = max((len(rows[0]) for rows in drawn), default=0), max(1, clients // 8)
+        full, unit = int(lengths[0].max()), max(1, clients // 8)
         shapes = []  # of each step: clients at work, clients computed, rows in a batch
-        for number in range(steps):
-            active = sum(len(rows) > number for rows in drawn)
-            size = max(len(rows[number]) for rows in drawn[:active])
+        for active, size in zip((lengths > 0).sum(1).tolist(), lengths.max(1).tolist(), strict=True):
             width = min(-(-active // unit) * unit, clients) if size == full else active
             shapes.append((active, max(width, 2), size))
         often = Counter(shape[1:] for shape in shapes)
@@ -312,25 +314,19 @@ class Vectorised:
                 done.append({path: state[path][active:working].clone() for path in stepper.moving})
                 working = active
             state = {path: leaf if path in stepper.shared else leaf[:width] for path, leaf in state.items()}
-            index, mask = np.zeros((width, size), dtype=np.int64), np.zeros((width, size), dtype=np.float32)
-            for row in range(active):
-                chosen = drawn[row][number]
-                index[row, : len(chosen)] = chosen + starts[row]
-                mask[row, : len(chosen)] = 1
-            at = torch.from_numpy(index).flatten()
+            rows = at[number, :width, :size].reshape(-1)
             batch = (
-                x.index_select(0, at).view(width, size, *x.shape[1:]),
-                y.index_select(0, at).view(width, size, *y.shape[1:]),
-                torch.from_numpy(mask),
+                x.index_select(0, rows).view(width, size, *x.shape[1:]),
+                y.index_select(0, rows).view(width, size, *y.shape[1:]),
+                masks[number, :width, :size].contiguous(),
                 seeds[:width] + number * GOLDEN % 2**63,
             )
-            run = self._runner(
-                stepper, state, batch, recorded=record or (size == full and often[width, size] >= RECORD_FROM)
-            )
+            worth = size == full and often[width, size] >= RECORD_FROM
+            run = self._runner(stepper, state, batch, recorded=worth or record)
             state |= zip(stepper.moving, run(*state.values(), *batch), strict=True)
             losses[:active] += state[LOSS][:active].double() * batch[2][:active].sum(1)
-            self.rows[0] += width * size
-            self.rows[1] += int(mask.sum())
+        self.rows[0] += sum(width * size for _, width, size in shapes)
+        self.rows[1] += int(lengths.sum())
         for path in stepper.moving if done else ():
             state[path] = torch.cat([state[path][:working], *(part[path] for part in reversed(done))])
         return {**begun, **{path: state[path] for path in stepper.moving}}, losses
@@ -448,6 +444,34 @@ def _batch(
     leaves, spec = _flat(vmap(watched, in_dims=dims)(*args))
     kept = {path: leaf if path in batched else leaf[0] for path, leaf in leaves.items()}
     return kept, frozenset(batched), spec
+
+
+def _laid_out(
+    datas: Sequence[ClientData | Held], drawn: Sequence[Sequence[Rows]]
+) -> tuple[Tensor, Tensor, NDArray[np.int64], NDArray[np.float32]]:
+    """All clients' inputs and targets, and which rows of them are in each batch.
+
+    Returns x [rows, ...], y [rows, ...], index and mask [steps, clients, rows in a batch]; what is masked
+    out points at row 0.
+    """
+    first = datas[0]
+    if isinstance(first, Held) and all(isinstance(data, Held) and data.x is first.x for data in datas):
+        x, y, owned = first.x, first.y, [data.rows.numpy() for data in datas if isinstance(data, Held)]
+    else:
+        trains = [data.train for data in datas]
+        x, y = (torch.cat(parts) for parts in zip(*trains, strict=True))
+        starts = np.cumsum([0, *(len(part[1]) for part in trains)])
+        owned = [np.arange(start, end) for start, end in pairwise(starts)]
+    longest = max(len(rows) for client in drawn for rows in client)
+    index = np.zeros((len(drawn[0]), len(drawn), longest), dtype=np.int64)
+    mask = np.zeros(index.shape, dtype=np.float32)
+    for client, batches in enumerate(drawn):
+        lengths = [len(rows) for rows in batches]
+        step = np.repeat(np.arange(len(batches)), lengths)
+        place = np.arange(len(step)) - np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+        index[step, client, place] = owned[client][np.concatenate(batches)]
+        mask[step, client, place] = 1
+    return x, y, index, mask
 
 
 def _width(problem: Problem) -> int:
