@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from coterie.backends import Site
 from coterie.core import Cancel, Lost, Reply, Task, drive, fold_task, interleave, trees
 from coterie.core.codec import decode, encode
 from coterie.core.gather import awaits

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -212,6 +213,7 @@ def _join(ray: Any, address: str | None) -> bool:
     if ray.is_initialized():
         return False
     try:
+        _knock(address or "")
         with _quiet():
             ray.init(
                 address=address or "local",
@@ -225,6 +227,13 @@ def _join(ray: Any, address: str | None) -> bool:
             "start one with: ray start --head",
         ) from None
     return True
+
+
+def _knock(address: str) -> None:
+    """Raise OSError when nobody listens at a host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in address and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _how(error: Exception) -> str:

@@ -130,6 +130,7 @@ def _measured(config: Config, statistics: Statistics) -> dict[str, Any]:
         **{name: getattr(statistics, name) for name in ("smallest", "median", "largest", "gini")},
         **{name: getattr(statistics, name) for name in ("mean_jensen_shannon", "mean_earth_mover")},
         "labels": statistics.labels,
+        "of": statistics.among,
         "clients": [
             {"client": client, "train": size, "labels": counts}
             for client, size, counts in zip(
@@ -147,11 +148,12 @@ def _print(found: Mapping[str, Any]) -> None:
         most = max(client["labels"])
         shades = (SHADES[round((len(SHADES) - 1) * (count / most) ** 0.5)] for count in client["labels"])
         typer.echo(f"{client['client']:{width}} {client['train']:8,d}  |{''.join(shades)}|")
-    if len(clients) > SHOWN:
-        typer.echo(f"... and {len(clients) - SHOWN} more clients")
+    if found["of"] > SHOWN:
+        typer.echo(f"... and {found['of'] - SHOWN:,} more clients")
+    measured = f" (measured on {len(clients):,} of them)" if found["of"] > len(clients) else ""
     typer.echo(
         f"{found['dataset']}, {found['partition']['kind']}: "
-        f"{len(clients)} clients, {len(found['labels'])} labels\n"
+        f"{found['of']:,} clients{measured}, {len(found['labels'])} labels\n"
         f"examples a client: {found['smallest']:,} to {found['largest']:,}, "
         f"median {found['median']:g}, Gini {found['gini']:.3f}\n"
         f"mean distance to all data: Jensen-Shannon {found['mean_jensen_shannon']:.3f}, "

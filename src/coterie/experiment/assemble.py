@@ -21,6 +21,7 @@ from coterie.data import (
     ClientData,
     Dataset,
     Held,
+    Lazy,
     Population,
     from_torch,
     holdings,
@@ -295,6 +296,11 @@ def _test(population: Population) -> tuple[Tensor, Tensor]:
     dataset = population.dataset
     if dataset.test is not None:
         return dataset.prepare(dataset.test.x), dataset.test.y
+    if isinstance(population.partition, Lazy):
+        raise ConfigError(
+            f"{dataset.name} has no test set, and its clients share rows, so none is held out from all",
+            "use a data set with a test part",
+        )
     test = population.pooled().test
     if not len(test[1]):
         raise ConfigError(

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from coterie.algorithms import fedavg
 from coterie.core import Tree, derive, seeded
+from coterie.data import spread
 from coterie.experiment.assemble import Parts
 from coterie.trainers import descend, rows_of
 
+MOST_ALONE = 1000  # clients that are trained alone
 POINTS = 50  # at most so many evaluations on a curve
 Note = Callable[[str], None]
 
@@ -38,9 +40,10 @@ def centralised(parts: Parts, samples: int, rounds: int, note: Note) -> dict[str
 
 
 def local_only(parts: Parts, samples: int, note: Note) -> dict[str, Any]:
-    """Train every client alone. accuracy, loss: means over clients, each on the global test set."""
-    clients = parts.population.clients
-    total = sum(parts.population.sizes(client)[0] for client in clients)
+    """Train every client alone, or 1,000 of more. accuracy, loss: means over them, on the global test set."""
+    everybody = parts.population.clients
+    clients = spread(everybody, MOST_ALONE)
+    total = sum(parts.population.sizes(client)[0] for client in clients) * len(everybody) / len(clients)
     alone: list[dict[str, float]] = []
     own: dict[str, float] = {}
     for index, client in enumerate(clients):
@@ -53,7 +56,11 @@ def local_only(parts: Parts, samples: int, note: Note) -> dict[str, Any]:
         if len(data.test[1]):
             own[client] = _measure(parts, model, data.test).get("accuracy", float("nan"))
         note(f"local-only baseline: {index + 1} of {len(clients)} clients")
-    result: dict[str, Any] = {"loss": _mean([each["loss"] for each in alone]), "samples": samples}
+    result: dict[str, Any] = {
+        "loss": _mean([each["loss"] for each in alone]),
+        "samples": samples,
+        "of": len(everybody),
+    }
     if "accuracy" in alone[0]:
         accuracies = [each["accuracy"] for each in alone]
         result |= {"accuracy": _mean(accuracies), "accuracies": accuracies}

@@ -104,7 +104,7 @@ def backend_settings(
 def run_settings(
     *,
     evaluate_every: int = 1,
-    evaluate_clients: bool = True,
+    evaluate_clients: bool | int = 1000,
     checkpoint_every: int = 1,
     keep_checkpoints: int = 2,
     tensorboard: bool = False,
@@ -113,7 +113,8 @@ def run_settings(
 ) -> Section:
     """What `[run]` takes: how often to evaluate and to save (in rounds), and on what to compute.
 
-    evaluate_clients: also each client's own test, at the end. on_nan: stop the run, or drop the update.
+    evaluate_clients: each client's own test at the end: of all (true), of none, or of at most so many.
+    on_nan: stop the run, or drop the update.
     """
     settings = dict(locals())
     for name in ("evaluate_every", "checkpoint_every", "keep_checkpoints", "threads"):

@@ -46,6 +46,7 @@ class Result:
     bytes: Mapping[str, int]
     seconds: Mapping[str, float]
     model_digest: str
+    trainer: Mapping[str, Any] = field(default_factory=dict)  # kind, and what batches each layer
     privacy: None = None
     error: str | None = None
     model: Any = field(default=None, repr=False)  # {"params", "buffers"}: tensors
@@ -63,6 +64,7 @@ class Result:
             "baselines",
             "bytes",
             "seconds",
+            "trainer",
         )
         made = {name: getattr(self, name) for name in (*names, "privacy", "model_digest")}
         return {**made, "error": self.error} if self.error else made

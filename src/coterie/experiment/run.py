@@ -32,7 +32,7 @@ from coterie.core import (
     run_sync,
     trees,
 )
-from coterie.data import Dataset, describe
+from coterie.data import Dataset, describe, spread
 from coterie.experiment import baselines, report
 from coterie.experiment.assemble import Parts, assemble, resolved
 from coterie.experiment.config import Config, load
@@ -99,12 +99,12 @@ class Session:
         self.pool = parts.pool(self.memories)
         self.pool.progress = self._worked
         self.started = time.perf_counter()
-        fresh = {"state": parts.algorithm.init(parts.initial), "resume": None, "clock": None}
+        fresh = {"state": parts.algorithm.init(parts.initial), "resume": None, "clock": None, "memories": 0}
         found = self.checkpoints.latest() or (0, fresh, {"seconds": {"total": 0.0, "train": 0.0}})
         self.version, kept, meta = found
         self.state: Tree = kept["state"]
         self.resume: Tree = kept["resume"]
-        self.memories.back_to(self.version)
+        self.memories.back_to(self.version, kept["memories"])
         if self.resume is not None:
             self.resume = {**self.resume, "memory": self.memories.at(self.version)}
         self.before: dict[str, float] = meta["seconds"]
@@ -188,7 +188,12 @@ class Session:
         self.memories.commit(commit.version, commit.accepted, flying)
         self._append(row)
         if last or commit.version % settings["checkpoint_every"] == 0:
-            kept = {"state": commit.state, "resume": commit.resume, "clock": self.backend.clock()}
+            kept = {
+                "state": commit.state,
+                "resume": commit.resume,
+                "clock": self.backend.clock(),
+                "memories": self.memories.newest(),
+            }
             self.memories.prune(self.checkpoints.save(commit.version, kept, {"seconds": self.seconds()}))
         self._tell()
 
@@ -243,10 +248,10 @@ class Session:
         self._check_stop()
 
     def _evaluate_clients(self) -> dict[str, dict[str, float]]:
-        """Every client measures the final model on its own test rows, as a task like any other."""
-        if not self.parts.config.run["evaluate_clients"]:
-            return {}
-        holders = [c for c in self.parts.population.clients if self.parts.population.sizes(c)[1]]
+        """Clients measure the final model on their own test rows, as a task like any other."""
+        wanted, people = self.parts.config.run["evaluate_clients"], self.parts.population
+        chosen = people.clients if wanted is True else spread(people.clients, int(wanted))
+        holders = [client for client in chosen if people.sizes(client)[1]]
         down = {"model": self.state["model"]}
         tasks = [Task(i, c, self.version, self.version, down, "evaluate") for i, c in enumerate(holders)]
         backend = InProcess(self.pool)
@@ -280,6 +285,7 @@ class Session:
             baselines=compared,
             bytes={way: self.totals[way] for way in ("up", "down")},
             seconds=self.seconds(),
+            trainer={"kind": self.parts.trainer.name, "layers": getattr(self.parts.trainer, "paths", {})},
             model_digest=trees.digest(model),
             error=error or None,
             model=model,
@@ -319,20 +325,22 @@ def _clients(
     population = parts.population
     facts = describe(population.dataset.train, population.partition, population.dataset.classes)
     alone = compared.get("local_only", {}).get("own_accuracies", {})
+    place = {client: index for index, client in enumerate(facts.clients)}
+    shown = spread(facts.clients, SHOWN) if facts.among > len(facts.clients) else facts.clients[:SHOWN]
     return {
         "labels": list(facts.labels),
-        "of": len(facts.clients),
+        "of": facts.among,
         "clients": [
             {
                 "client": client,
                 "train": population.sizes(client)[0],
                 "test": population.sizes(client)[1],
-                "labels": facts.counts[index].tolist(),
+                "labels": facts.counts[place[client]].tolist(),
                 "accuracy": by_client.get(client, {}).get("accuracy"),
                 "loss": by_client.get(client, {}).get("loss"),
                 "local_accuracy": alone.get(client),
             }
-            for index, client in enumerate(facts.clients[:SHOWN])
+            for client in shown
         ],
         "distance": {"jensen_shannon": facts.mean_jensen_shannon, "earth_mover": facts.mean_earth_mover},
         "sizes": {"min": facts.smallest, "median": facts.median, "max": facts.largest},
@@ -359,7 +367,8 @@ def _reopen(config: Config, out: Path | None) -> RunFolder | None:
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     fixed = {name: value for name, value in config.items() if name not in ("run", "compare")}
     schedule = {name: value for name, value in fixed["schedule"].items() if name not in FREE_ON_RESUME}
-    return {**fixed, "schedule": schedule}
+    backend = {name: fixed["backend"].get(name) for name in ("trainer", "block", "compile", "precision")}
+    return {**fixed, "schedule": schedule, "backend": backend}
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """A run's folder: the files that other programs rely on (their names are a contract), and who may write it.
 
 At a commit the order is: memories.commit, append the metrics row, save the checkpoint, memories.prune.
-After a kill anywhere, resume from `checkpoints().latest()` and `truncate` the metrics to its round.
+After a kill anywhere, resume from `checkpoints().latest()`; then `truncate` the metrics to its round, and the
+memories go `back_to` it.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class RunFolder:
                 raise RunError(
                     f"{self.path}: another process is writing this run", "wait for it, or stop it and resume"
                 ) from error
-            for folder in (self.path, self.path / "checkpoints", self.path / "memories" / ".partial"):
+            for folder in (self.path, self.path / "checkpoints"):
                 remove_temporary(folder)
             yield
 

@@ -470,7 +470,7 @@ class _Embedding(Function):
     def vmap(info, in_dims, x, w):
         n = info.batch_size
         x, w = _front(x, in_dims[0], n), _front(w, in_dims[1], n)
-        return w.flatten(0, 1)[x + _offsets(x, w.shape[1])], 0
+        return w.flatten(0, 1)[_own_rows(x, w.shape[1])], 0
 
 
 class _EmbeddingBack(Function):
@@ -490,11 +490,13 @@ class _EmbeddingBack(Function):
     def vmap(info, in_dims, dy, x, rows):
         n = info.batch_size
         dy, x = _front(dy, in_dims[0], n), _front(x, in_dims[1], n)
-        index = (x + _offsets(x, rows)).flatten()
+        index = _own_rows(x, rows).flatten()
         made = dy.new_zeros(n * rows, dy.shape[-1]).index_add(0, index, dy.flatten(0, -2))
         return made.unflatten(0, (n, rows)), 0
 
 
-def _offsets(x: Tensor, rows: int) -> Tensor:
-    """Where each client's rows start in all clients' tables, one after the other."""
-    return (torch.arange(len(x), device=x.device) * rows).view(-1, *[1] * (x.dim() - 1))
+def _own_rows(x: Tensor, rows: int) -> Tensor:
+    """Row numbers [clients, ...] in all clients' tables, one after the other; a wrong one is in none."""
+    clients = len(x)
+    first = (torch.arange(clients, device=x.device) * rows).view(-1, *[1] * (x.dim() - 1))
+    return torch.where((x >= 0) & (x < rows), x + first, clients * rows)
