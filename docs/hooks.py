@@ -25,7 +25,7 @@ from coterie.backends.system import AVAILABILITY, COMPUTE, DURATIONS, NETWORK
 from coterie.cli import app
 from coterie.data import DATASETS, PARTITIONS
 from coterie.experiment.assemble import AGGREGATORS
-from coterie.experiment.config import Config, data_settings, run_settings
+from coterie.experiment.config import Config, backend_settings, data_settings, run_settings
 from coterie.experiment.parts import Setting, describe
 from coterie.models import MODELS
 from coterie.schedules import SCHEDULES, STALENESS
@@ -134,6 +134,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "network": lambda: kinds(NETWORK, ("key", "folder")),
     "optimizers": lambda: kinds(OPTIMIZERS),
     "partitions": lambda: kinds(PARTITIONS, ("examples", "key")),
+    "backend": lambda: keys(backend_settings),
     "run": lambda: keys(run_settings),
     "schedules": lambda: kinds(SCHEDULES, ("key", "size", "on_nan")),
     "staleness": lambda: kinds(STALENESS),

@@ -171,10 +171,13 @@ def test_answers_come_in_the_order_of_the_tasks_evaluations_too():
 
 def test_an_error_of_the_experiment_is_raised_as_it_was():
     tasks = tasks_of(FLAT)
-    pool = crew(trap=partial(refuses, tasks[2].client))
+    seen = []
+    pool = crew(trap=partial(refuses, tasks[2].client), dies=lambda what, tree: seen.append(tree))
     with pytest.raises(ConfigError, match="is wrong\nhint: leave it out") as raised:
         pool.fold(tasks, "stop")
     assert "in a worker:" in raised.value.__notes__[0]
+    trained = sum(len(clients(tree)) for tree in seen)
+    assert trained < len(tasks)  # what was not begun is not begun
     with pytest.raises(ConfigError):  # and the pool still works
         pool.answer(tasks)
     rest = [task for task in tasks if task is not tasks[2]]
@@ -231,18 +234,22 @@ def raising():
     raise Died("exit code 3")
 
 
-def test_a_stop_in_the_middle_frees_the_workers():
-    pool, tasks = crew(), tasks_of(FLAT)
+@pytest.mark.parametrize("when", [1, 3])
+def test_a_stop_in_the_middle_leaves_nothing_of_the_call_behind(when):
+    pool, tasks, calls = crew(), tasks_of(FLAT), []
 
     def stop(done):
-        raise Interrupted("stopped")
+        calls.append(done)
+        if len(calls) == when:
+            raise Interrupted("stopped")
 
+    pool.staff.order = lambda n: n - 1
     pool.progress = stop
     with pytest.raises(Interrupted):
         pool.fold(tasks, "stop")
-    pool.progress = lambda done: None
-    expected = site_of(FLAT, Memories()).fold(tasks, "stop")
-    assert told(FLAT, pool.fold(tasks, "stop")) == told(FLAT, expected)
+    for few in (tasks[:1], tasks):  # one worker is enough for the first
+        expected = site_of(FLAT, Memories()).fold(few, "stop")
+        assert told(FLAT, pool.fold(few, "stop")) == told(FLAT, expected)
 
 
 def test_nothing_to_do_is_no_call():

@@ -59,7 +59,7 @@ class Algorithm:
 def played(folds, device, *, width, relays, on_nan, failing=(), nan=()):
     """Send the fold tasks; return, for each, when it was answered and with what, and who worked."""
     trainer, memories = Stub(width, failing, nan), Memories()
-    site = Site(Algorithm, trainer, None, lambda client: None, memories, lambda client: len(client))
+    site = Site(Algorithm, trainer, None, lambda client: None, memories, len)
     relay = partial(interleave, partial(fold_task, aggregator=AGGREGATOR, on_nan=on_nan))
     names = {task.client for task in folds} if relays else ()
     backend = InProcess(site, device=device, relays=dict.fromkeys(names, relay), on_nan=on_nan)
@@ -225,7 +225,11 @@ def test_a_site_answers_the_same_in_blocks_and_one_by_one(width):
     for mine, theirs in zip(answers, reference, strict=True):
         if isinstance(theirs, Reply):
             assert trees.digest(mine.up) == trees.digest(theirs.up)
-            assert (mine.weight, mine.metrics, mine.samples) == (theirs.weight, theirs.metrics, theirs.samples)
+            assert (mine.weight, mine.metrics, mine.samples) == (
+                theirs.weight,
+                theirs.metrics,
+                theirs.samples,
+            )
 
 
 def test_tasks_of_other_configs_and_versions_never_share_a_block():

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from coterie.backends import ray_cluster
-from coterie.core import ConfigError
+from coterie.backends import ray_cluster, raycluster
+from coterie.core import ConfigError, RunError
 from coterie.storage import Memories
 from crews import alone, cannot_start, dies_once, make, played, site_of, tasks_of
 
@@ -28,13 +28,27 @@ def cluster():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         from ray.cluster_utils import Cluster
 
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        watchful = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": watchful}
+        made = Cluster(initialize_head=True, head_node_args=head)
         second = made.add_node(num_cpus=1)
         made.wait_for_nodes()
         patch.setenv("RAY_ADDRESS", made.address)
         made.lose_second = lambda: made.remove_node(second, allow_graceful=False)
         yield made
         made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def connected(cluster):
+    """The cluster, joined once for several pools."""
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +66,7 @@ def engaged(site, kind, trap=None):
 
     pool = ray_cluster(site, make(kind, trap), address="auto")
     assert pool.staff.count == 2
-    while not all(member.ready for member in pool.members):
-        pool.answer(tasks_of(kind)[:1])
+    ray.wait([member.hand.future for member in pool.members], num_returns=2)
     where = [member.hand.actor.__ray_call__.remote(node_of) for member in pool.members]
     assert len(set(ray.get(where))) == 2
     return pool
@@ -77,7 +90,7 @@ def test_an_actor_that_dies_in_a_round_is_replaced_and_the_bits_stay(cluster, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_errors_name_their_remedy(cluster):
+def test_errors_name_their_remedy(connected):
     site = site_of("synchronous", Memories())
     with pytest.raises(ConfigError, match=r"backend.cpus = 3.*\nhint: lower backend.cpus"):
         ray_cluster(site, make("synchronous"), address="auto", cpus=3)
@@ -90,7 +103,19 @@ def test_errors_name_their_remedy(cluster):
     pool.close()
 
 
-def test_a_node_that_is_killed_in_a_round_leaves_the_bits_as_they_are(cluster, caplog):
+def test_a_cluster_without_room_ends_the_call_instead_of_waiting(connected, monkeypatch):
+    site, tasks = site_of("synchronous", Memories()), tasks_of("synchronous")
+    full = engaged(site, "synchronous")
+    full.fold(tasks, "stop")
+    monkeypatch.setattr(raycluster, "PATIENCE", 2.0)
+    late = ray_cluster(site, make("synchronous"), address="auto", actors=1)
+    with pytest.raises(RunError, match="started no actor within 2 s"):
+        late.fold(tasks, "stop")
+    late.close()
+    full.close()
+
+
+def test_a_node_that_is_killed_in_a_round_leaves_the_bits_as_they_are(connected, caplog):
     rounds = []
 
     def pool(site):
@@ -99,7 +124,7 @@ def test_a_node_that_is_killed_in_a_round_leaves_the_bits_as_they_are(cluster, c
         def lose(done):
             rounds.append(done)
             if len(rounds) == 7:
-                cluster.lose_second()
+                connected.lose_second()
 
         made.progress = lose
         return made

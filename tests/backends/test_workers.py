@@ -109,7 +109,7 @@ def test_an_idle_worker_that_was_killed_is_replaced(pool, caplog):
 
 
 def test_a_run_ends_with_the_bits_of_one_process():
-    assert played("batchnorm", hired("batchnorm", 3)) == played("batchnorm", alone)
+    assert played("batchnorm", hired("batchnorm", 2)) == played("batchnorm", alone)
 
 
 def test_sigkill_in_the_middle_of_a_round_changes_nothing(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def block_of(n, *, seed=0, weights=None, dtype=torch.float32):
     ups = {
         "delta": {
             "w": torch.from_numpy(draw.normal(size=(n, 4, 3)) * 10.0 ** draw.integers(-4, 3)).to(dtype),
-            "b": torch.from_numpy(draw.normal(size=n)).to(dtype),
+            "b": torch.from_numpy(draw.normal(size=(n, 2))).to(dtype),
             "none": torch.zeros(n, 0),
         },
         "buffers": {"steps": torch.from_numpy(draw.integers(0, 90, size=n))},
@@ -65,7 +66,10 @@ def same(one, other, aggregator):
     )
     assert one.fold.lost == other.fold.lost
     if one.fold.replies:
-        ours, theirs = aggregator.finish(copy.deepcopy(one.fold.acc)), aggregator.finish(copy.deepcopy(other.fold.acc))
+        ours, theirs = (
+            aggregator.finish(copy.deepcopy(one.fold.acc)),
+            aggregator.finish(copy.deepcopy(other.fold.acc)),
+        )
         assert trees.digest(ours[0]) == trees.digest(theirs[0])
         assert ours[1:] == theirs[1:]
 
@@ -74,7 +78,7 @@ def same(one, other, aggregator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_block_is_what_its_replies_are(name, dtype):
     aggregator = AGGREGATORS[name]()
-    for sizes in ([1], [7], [3, 1, 5]):
+    for sizes in ([7], [3, 1, 5]) if name == "krum" else ([1], [7], [3, 1, 5]):
         blocks = [block_of(n, seed=i, dtype=dtype) for i, n in enumerate(sizes)]
         same(at_once(aggregator, blocks), one_by_one(aggregator, blocks), aggregator)
 
@@ -84,6 +88,14 @@ def test_a_model_mixed_in_as_it_arrives():
     block = block_of(4)
     block = block._replace(ups={"model": {"params": block.ups["delta"], "buffers": block.ups["buffers"]}})
     same(at_once(aggregator, [block]), one_by_one(aggregator, [block]), aggregator)
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, 1e12])
+def test_a_parameter_without_a_dimension(bad):
+    """A temperature, say: [n] in a block."""
+    aggregator, block = AGGREGATORS["mean"](), block_of(4)
+    block.ups["delta"]["b"] = torch.tensor([1.0, 2.0, 0.5 if bad is None else bad, -3.0])
+    same(at_once(aggregator, [block], "drop"), one_by_one(aggregator, [block], "drop"), aggregator)
 
 
 def test_nesting_changes_no_bit():
@@ -96,7 +108,7 @@ def test_nesting_changes_no_bit():
                 block.tasks[a:b], trees.map_tree(lambda leaf: leaf[a:b], block.ups), block.weights[a:b],  # noqa: B023
                 {name: values[a:b] for name, values in block.metrics.items()}, block.samples[a:b],
             )
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in pairwise(cuts)
         ]  # fmt: skip
         same(at_once(aggregator, parts), whole, aggregator)
         got = Gathered(empty(aggregator))
@@ -117,8 +129,8 @@ def spoil(block, row, how):
     metrics = {name: list(values) for name, values in block.metrics.items()}
     if how in ("nan", "inf", "-inf"):
         w[row, 2, 1] = float(how)
-    elif how == "scalar":
-        block.ups["delta"]["b"][row] = math.nan
+    elif how == "elsewhere":
+        block.ups["delta"]["b"][row, 1] = math.nan
     elif how == "diverged":
         w[row, 0, 0] = -2e10
         weights[row] = 500.0
@@ -133,7 +145,7 @@ def spoil(block, row, how):
 
 
 SPOILED = [
-    "nan", "inf", "-inf", "scalar", "diverged", "huge", "weight nan", "weight inf", "weight -1", "loss nan",
+    "nan", "inf", "-inf", "elsewhere", "diverged", "huge", "weight nan", "weight inf", "weight -1", "loss nan",
     "kept inf",
 ]  # fmt: skip
 
@@ -157,14 +169,14 @@ def test_the_first_bad_row_stops_the_run_with_the_same_words(how):
         at_once(aggregator, [block])
     with pytest.raises(NonFinite) as theirs:
         one_by_one(aggregator, [block])
-    assert str(ours.value) == str(theirs.value)
+    assert ours.value.args == theirs.value.args
     assert "client c1, version 3" in str(ours.value)
 
 
 def test_several_faults_of_one_row_are_told_by_the_first_as_ever():
     aggregator = AGGREGATORS["mean"]()
     block = block_of(2)
-    for how in ("nan", "scalar", "loss nan", "weight -1"):
+    for how in ("nan", "elsewhere", "loss nan", "weight -1"):
         block = spoil(block, 1, how)
         same(at_once(aggregator, [block], "drop"), one_by_one(aggregator, [block], "drop"), aggregator)
 
@@ -191,7 +203,11 @@ def test_one_large_update_among_small_ones_is_within_the_range_of_sums():
 def test_the_range_of_sums_ends_at_the_same_place():
     aggregator, n = mean(), 40
     block = Replies(
-        [Task(i, f"c{i}", 0, 0, None) for i in range(n)], {"w": torch.full((n, 2), 1e9)}, [1.0] * n, {}, [1] * n
+        [Task(i, f"c{i}", 0, 0, None) for i in range(n)],
+        {"w": torch.full((n, 2), 1e9)},
+        [1.0] * n,
+        {},
+        [1] * n,
     )
     for fold in (at_once, one_by_one):
         with pytest.raises(OutOfRange):
@@ -230,7 +246,11 @@ def test_stacked_sums_are_the_sums_of_each(weights, seed):
 @pytest.mark.parametrize("count", [exact.CARRY_EVERY - 1, exact.CARRY_EVERY, 2 * exact.CARRY_EVERY + 7])
 def test_stacks_longer_than_a_carry(count):
     value = 2.0**-17 - 2.0**-50
-    acc = exact.add(exact.add(None, torch.full((5, 2), value).double(), [1.0] * 5), torch.full((count, 2), value).double(), [1.0] * count)
+    acc = exact.add(
+        exact.add(None, torch.full((5, 2), value).double(), [1.0] * 5),
+        torch.full((count, 2), value).double(),
+        [1.0] * count,
+    )
     assert float(acc["lo"].abs().max()) < 2.0**-3
     aggregate, weight, total = exact.mean(acc)
     assert (weight, total) == (count + 5, count + 5)

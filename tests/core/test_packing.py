@@ -1,6 +1,7 @@
 """Packing: every task in one block, alike with alike, and the same blocks whoever packs."""
 
 import random
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ def test_blocks_are_a_partition_of_alike_tasks_by_size(some, width):
     tasks = tasks_of([kind for *kind, _ in some])
     sizes = {f"c{i}": size for i, (*_, size) in enumerate(some)}
     blocks = pack(tasks, sizes.__getitem__, width)
-    assert sorted(sum(ids(blocks), [])) == list(range(len(tasks)))
+    assert sorted(task.id for block in blocks for task in block) == list(range(len(tasks)))
     groups = {}
     for block in blocks:
         assert 1 <= len(block) <= width
@@ -45,8 +46,10 @@ def test_blocks_are_a_partition_of_alike_tasks_by_size(some, width):
         if sum(lengths) >= 8 and width > 1:
             assert len(alike) % 2 == 0, "an odd block leaves a core without work at the end"
         assert len(alike) <= -(-sum(lengths) // width) + 1
-        of = sorted(([sizes[task.client] for task in block] for block in alike), key=lambda s: (-max(s), -min(s)))
-        for larger, smaller in zip(of, of[1:], strict=False):
+        of = sorted(
+            ([sizes[task.client] for task in block] for block in alike), key=lambda s: (-max(s), -min(s))
+        )
+        for larger, smaller in pairwise(of):
             assert min(larger) >= max(smaller)
 
 

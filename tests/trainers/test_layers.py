@@ -189,7 +189,11 @@ def test_max_pool_and_the_relu_before_it(options, made, relu):
 
 
 def test_a_relu_that_others_use_too():
-    agree(lambda x: (lambda y: F.max_pool2d(y, 2) + y.mean())(F.relu(x * 1.0)), {"x": whole(CLIENTS, 2, 3, 6, 6)})
+    def function(x):
+        y = F.relu(x * 1.0)
+        return F.max_pool2d(y, 2) + y.mean()
+
+    agree(function, {"x": whole(CLIENTS, 2, 3, 6, 6)})
 
 
 def test_a_relu_of_one_layer_is_not_taken_for_that_of_another():
@@ -321,7 +325,8 @@ def test_draws_of_calls_seeds_and_places_are_unrelated():
 def test_draws_are_uniform():
     """The rate is right at every threshold: chi-square over 50 bins, false alarm below 1e-6."""
     survivors = [
-        int(sum(kept(7919 * seed, p=p, shape=(1, 2000)).sum() for seed in range(10))) for p in np.arange(50) / 50
+        int(sum(kept(7919 * seed, p=p, shape=(1, 2000)).sum() for seed in range(10)))
+        for p in np.arange(50) / 50
     ]
     counts = -np.diff([*survivors, 0])  # how many numbers fall in each fiftieth
     assert ((counts - 400) ** 2 / 400).sum() < 120
@@ -350,7 +355,7 @@ def test_clients_draw_by_their_own_seed_whoever_is_beside_them():
     ("function", "given"),
     [
         (lambda x, w: F.conv2d(x, w, padding=1), {"x": (2, 3, 6, 6), "w": (4, 3, 3, 3)}),
-        (lambda x, w: F.linear(x, w), {"x": (5, 6), "w": (4, 6)}),
+        (lambda x, w: F.linear(x, w, None), {"x": (5, 6), "w": (4, 6)}),
     ],
 )
 def test_bfloat16_is_near_and_returns_float32(function, given):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ from coterie.trainers import Loop, Problem, Vectorised
 from worlds import KEY
 
 SEED = 23
-SIZES = (14, 9, 5)  # two of the shapes that these make come often enough to be recorded
+SIZES = (14, 11, 9)  # one of the shapes that these make comes often enough to be recorded, two do not
 LOCAL = Local(lr=0.05, batch_size=4, epochs=2)
 
 
@@ -156,7 +157,9 @@ def agree(
         assert set(up) == set(reply.up)
         for part in set(up) - {"buffers"}:
             assert distance(up[part], reply.up[part]) <= tolerance, (each.client, part)
-        buffers = [made["buffers"] if "buffers" in made else made["model"]["buffers"] for made in (up, reply.up)]
+        buffers = [
+            made["buffers"] if "buffers" in made else made["model"]["buffers"] for made in (up, reply.up)
+        ]
         for (name, a), (_, b) in zip(*map(trees.named_leaves, buffers), strict=True):
             assert a.dtype == b.dtype, name
             torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance, msg=f"{each.client} {name}")
@@ -221,9 +224,9 @@ def test_every_client_optimiser(optimizer):
         {"batch_size": 1000},
     ],
 )
-@pytest.mark.parametrize("make", [fedavg, lambda local: scaffold(local, population=9)])
-def test_how_long_clients_train(options, make):
-    agree(dense(), make(replace(LOCAL, **options)), learnable())
+def test_how_long_clients_train(options):
+    """SCAFFOLD's memory is divided by the number of steps."""
+    agree(dense(), scaffold(replace(LOCAL, **options), population=9), learnable())
 
 
 def test_the_learning_rate_of_later_versions():
@@ -286,10 +289,9 @@ def test_one_client_alone():
 
 
 def test_many_unequal_clients():
-    """Every number of steps from 1 to 20, in any order, with last batches of every size."""
-    sizes = [int(n) for n in rng(derive(SEED, "many")).permutation(np.arange(1, 41))]
-    agree(dense(), fedavg(replace(LOCAL, epochs=1, batch_size=2)), learnable(sizes))
-    agree(dense(), fedavg(replace(LOCAL, epochs=2, batch_size=9)), learnable(sizes))
+    """Every number of steps from 1 to 7, in any order, with last batches of every size."""
+    sizes = [int(n) for n in rng(derive(SEED, "many")).permutation(np.arange(1, 22))]
+    agree(dense(), fedavg(replace(LOCAL, epochs=1, batch_size=3)), learnable(sizes))
 
 
 class Tied(nn.Module):
@@ -384,17 +386,26 @@ IMAGES = {
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_models_of_images(name):
-    local = replace(LOCAL, epochs=1) if name == "mcmahan_cnn" else LOCAL
-    agree(made(IMAGES[name]), fedavg(local), learnable(shape=(1, 8, 8)))
+    """Some with recorded steps, which take a while to record; all with steps that are not."""
+    if name in ("mlp", "cnn", "cnn group", "cnn batch", "residual", "grouped"):
+        agree(made(IMAGES[name]), fedavg(LOCAL), learnable(shape=(1, 8, 8)))
+    else:
+        agree(made(IMAGES[name]), fedavg(replace(LOCAL, epochs=1)), learnable((10, 7), (1, 8, 8)))
 
 
 def test_niid_cnn():
-    agree(made(lambda: models.niid_cnn(**LARGER)), fedavg(replace(LOCAL, epochs=1)), learnable((9, 5), (1, 16, 16)))
+    agree(
+        made(lambda: models.niid_cnn(**LARGER)),
+        fedavg(replace(LOCAL, epochs=1)),
+        learnable((9, 5), (1, 16, 16)),
+    )
 
 
 def recurrent(layer):
     return Model(
-        lambda x, rnn, head: head(rnn(x.unsqueeze(2))[0][:, -1]), layer(1, 4, batch_first=True), nn.Linear(4, 3)
+        lambda x, rnn, head: head(rnn(x.unsqueeze(2))[0][:, -1]),
+        layer(1, 4, batch_first=True),
+        nn.Linear(4, 3),
     )
 
 
@@ -466,9 +477,15 @@ def test_models_of_whole_numbers(build):
 
 def test_bytes_as_inputs():
     datas = [
-        ClientData(((d.train[0].abs() * 60).to(torch.uint8), d.train[1]), d.test, d.weight) for d in learnable()
+        ClientData(((d.train[0].abs() * 60).to(torch.uint8), d.train[1]), d.test, d.weight)
+        for d in learnable()
     ]
-    agree(made(lambda: Model(lambda x, a: a(x / 255), nn.Linear(5, 3)), torch.float32), fedavg(LOCAL), datas, tolerance=1e-5)
+    agree(
+        made(lambda: Model(lambda x, a: a(x / 255), nn.Linear(5, 3)), torch.float32),
+        fedavg(LOCAL),
+        datas,
+        tolerance=1e-5,
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,)])
@@ -478,12 +495,16 @@ def test_regression(shape):
         for (x, y) in (data.train for data in numbers())
     ]
     head = nn.Linear(6, 2 if shape == (2,) else 1)
-    agree(made(lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), head)), fedavg(LOCAL), datas, task="regression")
+    agree(
+        made(lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), head)), fedavg(LOCAL), datas, task="regression"
+    )
 
 
 def test_frozen_parameters_are_neither_copied_nor_learned():
     def build():
-        module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 5), nn.Linear(5, 3))
+        module = nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 5), nn.Linear(5, 3)
+        )
         module[0].requires_grad_(False)
         module[4].bias.requires_grad_(False)
         return module
@@ -496,7 +517,6 @@ def test_frozen_parameters_are_neither_copied_nor_learned():
 FLOAT32 = {
     "mlp": lambda: models.mlp(**IMAGE, hidden=[20]),
     "cnn": lambda: models.cnn(**IMAGE, channels=[3, 4], hidden=6),
-    "group": lambda: models.cnn(**IMAGE, channels=[4, 4], hidden=6, norm="group"),
     "batch": lambda: models.cnn(**IMAGE, channels=[4], hidden=6, norm="batch"),
 }
 
@@ -507,16 +527,20 @@ def test_one_epoch_in_float32_is_within_1e_5(name):
     agree(made(FLOAT32[name], torch.float32), fedavg(Local(lr=0.05, batch_size=5)), datas, tolerance=1e-5)
 
 
-def test_text_in_float32():
-    for build in (models.char_gru, models.transformer):
-        small = {"hidden": 6} if build is models.char_gru else {"width": 8, "heads": 2}
-        agree(made(lambda: build(**TEXT, **small), torch.float32), fedavg(Local(lr=0.05, batch_size=5)), characters(), tolerance=1e-5)  # noqa: B023
+@pytest.mark.parametrize(
+    "build", [lambda: models.char_gru(**TEXT, hidden=6), lambda: models.transformer(**TEXT, width=8, heads=2)]
+)
+def test_text_in_float32(build):
+    agree(made(build, torch.float32), fedavg(Local(lr=0.05, batch_size=5)), characters(), tolerance=1e-5)
 
 
 def test_bfloat16_is_near():
     """Updates within a few percent; what comes back is float32."""
     for build, datas in (
-        (lambda: models.cnn(**IMAGE, channels=[4], hidden=6), learnable(shape=(1, 8, 8), dtype=torch.float32)),
+        (
+            lambda: models.cnn(**IMAGE, channels=[4], hidden=6),
+            learnable(shape=(1, 8, 8), dtype=torch.float32),
+        ),
         (lambda: models.char_gru(**TEXT, hidden=6), characters()),
     ):
         problem, algorithm = Problem(made(build, torch.float32)), fedavg(Local(lr=0.05, batch_size=4))
@@ -616,14 +640,18 @@ def noisy(x, layer):
     return torch.cat([h + torch.rand_like(h), h - torch.rand_like(h)], 1)
 
 
-@pytest.mark.parametrize("draw", [torch.rand_like, torch.randn_like, lambda h: torch.empty_like(h).exponential_()])
+@pytest.mark.parametrize(
+    "draw", [torch.rand_like, torch.randn_like, lambda h: torch.empty_like(h).exponential_()]
+)
 def test_two_draws_of_a_models_own_are_two(draw):
     """Their difference is the whole loss: were they one, it would be 0."""
     x = torch.zeros(24, 5)
     data = ClientData((x, torch.zeros(24)), (x, x))
     module = Model(lambda x, layer: (draw(x) - draw(x)).mean(1) + 0 * layer(x)[:, 0], nn.Linear(5, 1))
     problem, algorithm = Problem(module, "regression"), fedavg(Local(lr=0.1, batch_size=4))
-    found = trained(Vectorised(problem, SEED), algorithm, tasks_of(algorithm, problem, 2), [None] * 2, [data, data])
+    found = trained(
+        Vectorised(problem, SEED), algorithm, tasks_of(algorithm, problem, 2), [None] * 2, [data, data]
+    )
     assert found[0][3]["loss"] > 0.01
     assert found[0][3]["loss"] != found[1][3]["loss"]
 
@@ -633,7 +661,6 @@ def digests(found):
 
 
 REPEATED = {
-    "plain": dense,
     "cnn": lambda: made(lambda: models.cnn(**IMAGE, channels=[3], hidden=6, norm="batch"), torch.float32),
     "gru": lambda: made(lambda: models.char_gru(**TEXT, hidden=6), torch.float32),
     "dropout": lambda: made(lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.4), nn.Linear(8, 3))),
@@ -645,22 +672,24 @@ REPEATED = {
 @pytest.mark.parametrize("name", REPEATED)
 def test_the_same_block_makes_the_same_bits_whatever_was_trained_before(name):
     """A resumed run starts with no recorded graph and no history."""
-    problem, algorithm = Problem(REPEATED[name]()), scaffold(replace(LOCAL, epochs=3), population=9)
+    problem, algorithm = Problem(REPEATED[name]()), scaffold(LOCAL, population=9)
     kinds = {"cnn": lambda sizes: learnable(sizes, (1, 8, 8), dtype=torch.float32), "gru": characters}
     some = kinds.get(name, learnable)
-    blocks = [(tasks_of(algorithm, problem, len(sizes), v), some(sizes)) for v, sizes in enumerate([(22, 11), SIZES, (13, 6, 2, 1)])]
-    blocks += [blocks[1]]
+    other, block = [
+        (tasks_of(algorithm, problem, len(sizes), version), some(sizes))
+        for version, sizes in enumerate([(22, 18, 12, 3), SIZES])
+    ]
 
-    def play(order):
+    def play(*blocks):
         trainer = Vectorised(problem, SEED, block=4)
-        return [digests(trained(trainer, algorithm, *_args(blocks[i]))) for i in order]
+        return [digests(trained(trainer, algorithm, *_args(each))) for each in blocks]
 
-    whole = play([0, 1, 2, 3])
-    assert whole[1] == whole[3]
+    first, second, third, _ = play(block, block, other, block)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(99)
-        for i in (1, 2):
-            assert play([i]) == [whole[i]], i
+        before, after = play(other, block)
+    assert first == second == after
+    assert before == third
 
 
 def _args(block):
@@ -701,17 +730,25 @@ print(digests(found))
 """
 
 
+def python(script, **environment):
+    """Run a script that may import this file."""
+    folder = str(Path(__file__).parents[1])
+    path = os.pathsep.join([folder, *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def test_two_processes_make_the_same_bits():
-    folder = os.path.dirname(os.path.dirname(__file__))  # noqa: PTH120
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", PROCESS, folder], capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONHASHSEED": str(n), "PYTHONPATH": os.pathsep.join([folder, *filter(None, sys.path)])},
-        ).stdout
-        for n in (1, 2)
-    }  # fmt: skip
-    assert len(said) == 1
-    assert "sha256:" in said.pop()
+    """Whatever order a process hashes in."""
+    problem, algorithm = Problem(REPEATED["cnn"]()), scaffold(LOCAL, population=9)
+    datas = learnable(shape=(1, 8, 8), dtype=torch.float32)
+    trainer = Vectorised(problem, SEED, block=4)
+    here = digests(trained(trainer, algorithm, tasks_of(algorithm, problem, 3), [None] * 3, datas))
+    assert python(PROCESS, PYTHONHASHSEED="7").strip() == str(here)
 
 
 def branching(x, layer):
@@ -748,7 +785,7 @@ REFUSED = {
     "item": (lambda: Model(lambda x, a: a(x) * x.abs().max().item(), nn.Linear(5, 3)), r"\.item\(\)", ""),
     "momentum": (lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3, momentum=None)), "BatchNorm1d", "momentum"),
     "rows": (lambda: Model(lambda x, a, b: b(torch.tanh(a(x) - a(x).mean(0))), nn.Linear(5, 6), nn.Linear(6, 3)), "", "rows"),
-    "statistics": (lambda: Model(lambda x, a, n, b: b(n(a(x).unsqueeze(2))[:, :, 0] if False else n(a(x).view(len(x), 2, 3)).flatten(1)), nn.Linear(5, 6), nn.InstanceNorm1d(2, track_running_stats=True), nn.Linear(6, 3)), "", ""),
+    "statistics": (lambda: Model(lambda x, a, n, b: b(n(a(x).view(len(x), 2, 3)).flatten(1)), nn.Linear(5, 6), nn.InstanceNorm1d(2, track_running_stats=True), nn.Linear(6, 3)), "", ""),
     "remembering": (Remembering, "", ""),
     "numbering": (Numbering, "", ""),
     "time as rows": (lambda: Model(lambda x, n, b: b(n(x.reshape(-1, 1)).reshape(-1, 5)), nn.BatchNorm1d(1), nn.Linear(5, 3)), "", ""),
@@ -768,7 +805,10 @@ def test_what_cannot_be_batched_is_refused_before_training(name):
     assert len(found[0]) < 300
 
 
-FINE = {**TABLES, "dropout": REPEATED["dropout"], "noise": REPEATED["noise"]}
+FINE = {
+    **{name: TABLES[name] for name in ("writing in place", "one batch norm twice", "own buffers")},
+    **{name: REPEATED[name] for name in ("dropout", "noise")},
+}
 
 
 @pytest.mark.parametrize("name", FINE)
@@ -795,7 +835,11 @@ def test_an_algorithm_that_keeps_the_params_before_the_step():
         up, memory = work.finish(params, down, carry, steps)
         return {**up, "last": trees.subtract(params, carry["before"])}, memory
 
-    agree(dense(), replace(base, client_work=work._replace(start=start, gradient=gradient, finish=finish)), learnable())
+    agree(
+        dense(),
+        replace(base, client_work=work._replace(start=start, gradient=gradient, finish=finish)),
+        learnable(),
+    )
 
 
 def test_a_step_clipped_by_the_norm_of_the_whole_gradient():
@@ -824,7 +868,9 @@ def test_a_client_with_nan_spoils_its_own_update_alone(which, batch_size, build)
     """As in the loop: its reply is not finite, and the server decides; the others' are what they were."""
     problem, algorithm = Problem(made(build)), fedavg(replace(LOCAL, batch_size=batch_size))
     datas = poisoned(learnable(), which)
-    found = trained(Vectorised(problem, SEED, block=3), algorithm, *_args((tasks_of(algorithm, problem, 3), datas)))
+    found = trained(
+        Vectorised(problem, SEED, block=3), algorithm, *_args((tasks_of(algorithm, problem, 3), datas))
+    )
     for task, data in zip(tasks_of(algorithm, problem, 3), datas, strict=True):
         reply, _ = Loop(problem, SEED).fit(algorithm, task, None, data)
         if task.id == which:
@@ -836,11 +882,14 @@ def test_a_client_with_nan_spoils_its_own_update_alone(which, batch_size, build)
 
 def test_a_client_that_diverges_is_no_reason_to_stop_the_run():
     """An lr far too large: the loop's reply is not finite, and so is the block's."""
-    problem = Problem(dense(torch.float32))
-    algorithm = fedavg(replace(LOCAL, lr=1e30, epochs=5))
-    datas = learnable((40, 40), dtype=torch.float32)
-    found = trained(Vectorised(problem, SEED), algorithm, *_args((tasks_of(algorithm, problem, 2), datas)))
-    assert not torch.isfinite(flat(found[0][0])).all()
+    problem = Problem(made(lambda: nn.Linear(5, 1), torch.float32), "regression")
+    algorithm, datas = fedavg(replace(LOCAL, lr=1e9)), numbers(dtype=torch.float32)
+    tasks = tasks_of(algorithm, problem, 3)
+    found = trained(Vectorised(problem, SEED, block=3), algorithm, tasks, [None] * 3, datas)
+    for task, data in zip(tasks, datas, strict=True):
+        reply, _ = Loop(problem, SEED).fit(algorithm, task, None, data)
+        assert not torch.isfinite(flat(reply.up)).all()
+        assert not torch.isfinite(flat(found[task.id][0])).all()
 
 
 def site(trainer, algorithm, people, memories=None):
@@ -918,7 +967,9 @@ def test_memories_are_kept_for_each_client():
     datas, kept = learnable(), {}
     for name, trainer in (("loop", Loop(problem, SEED)), ("block", Vectorised(problem, SEED, block=3))):
         memories = Memories()
-        site(trainer, algorithm, lambda client: datas[int(client[-1])], memories).answer(tasks_of(algorithm, problem, 3))
+        site(trainer, algorithm, lambda client: datas[int(client[-1])], memories).answer(
+            tasks_of(algorithm, problem, 3)
+        )
         kept[name] = [memories.get(f"client-{i}", i) for i in range(3)]
     for mine, theirs in zip(kept["block"], kept["loop"], strict=True):
         assert distance(mine, theirs) < 1e-9
@@ -947,7 +998,9 @@ class Hungry:
 ERRORS = [
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
 ]
 
 
@@ -961,7 +1014,9 @@ def test_out_of_memory_halves_the_block_and_says_so_once(error, monkeypatch, cap
     monkeypatch.setattr(problem, "loss", hungry)
     trainer = Vectorised(problem, SEED, block=6)
     with caplog.at_level(logging.WARNING, "coterie"):
-        answers = site(trainer, algorithm, lambda client: datas[int(client.removeprefix("client-"))]).answer(tasks)
+        answers = site(trainer, algorithm, lambda client: datas[int(client.removeprefix("client-"))]).answer(
+            tasks
+        )
     for task, answer in zip(tasks, answers, strict=True):
         assert distance(answer.up, whole[task.id][0]) < 1e-10
     said = [record.getMessage() for record in caplog.records]
@@ -990,36 +1045,29 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from trainers.test_vectorised import *
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
-module = nn.Sequential(nn.Linear(1000, 4000), nn.ReLU(), nn.Linear(4000, 3))  # 16 MB of parameters
+module = nn.Sequential(nn.Linear(1000, 3000), nn.ReLU(), nn.Linear(3000, 3))  # 12 MB of parameters
 problem, algorithm = Problem(module), fedavg(Local(lr=0.01, batch_size=4))
-datas = learnable([4] * 16, (1000,), dtype=torch.float32)
-tasks, loop = tasks_of(algorithm, problem, 16), Loop(problem, SEED)
-trainer = Vectorised(problem, SEED, block=16)
+datas = learnable([4] * 8, (1000,), dtype=torch.float32)
+tasks, loop = tasks_of(algorithm, problem, 8), Loop(problem, SEED)
 trained(Vectorised(problem, SEED, block=2), algorithm, tasks[:2], [None] * 2, datas[:2])  # what torch itself needs
 pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 500_000_000,) * 2)
-blocks = trainer.fit_block(algorithm, tasks, [None] * 16, datas)
-resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[1],) * 2)
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 220_000_000, most))
+blocks = Vectorised(problem, SEED, block=8).fit_block(algorithm, tasks, [None] * 8, datas)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
 print("blocks", [len(block.tasks) for block, _ in blocks])
 for block, _ in blocks:
-    row, task = 0, block.tasks[0]
+    task = block.tasks[0]
     reply, _ = loop.fit(algorithm, task, None, datas[task.id])
-    print("distance", distance({k: v[row] for k, v in block.ups["delta"].items()}, reply.up["delta"]))
+    print("distance", distance({name: leaf[0] for name, leaf in block.ups["delta"].items()}, reply.up["delta"]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 def test_really_out_of_memory():
-    folder = os.path.dirname(os.path.dirname(__file__))  # noqa: PTH120
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, folder], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([folder, *filter(None, sys.path)]), "MALLOC_ARENA_MAX": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    assert any("out of memory with 16 clients" in line for line in lines), lines
-    blocks = next(line for line in lines if line.startswith("blocks"))
-    assert blocks != "blocks [16]"
+    lines = python(LIMITED, MALLOC_ARENA_MAX="1").splitlines()
+    assert any("out of memory with 8 clients" in line for line in lines), lines
+    assert "blocks [8]" not in lines
     gaps = [float(line.split()[1]) for line in lines if line.startswith("distance")]
     assert gaps
     assert max(gaps) < 1e-5
@@ -1034,7 +1082,7 @@ def mnist_sizes(real_data):
 
 
 @pytest.mark.parametrize("batch_size", [10, 32])
-@pytest.mark.parametrize("cohort", [20, 35, 50])
+@pytest.mark.parametrize("cohort", [20, 50])
 def test_padding_wastes_less_than_a_tenth(batch_size, cohort, mnist_sizes):
     problem, algorithm = Problem(nn.Linear(1, 2)), fedavg(Local(lr=0.1, batch_size=batch_size))
     people = {}

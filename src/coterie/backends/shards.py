@@ -149,6 +149,7 @@ class Shard:
     def brief(self, on_nan: OnNan | None, downs: Parcel) -> None:
         """Start on a new call. on_nan None: answer task by task. downs: what the server sends, each once."""
         self.downs, self.on_nan = opened(downs), on_nan
+        self.got = Gathered(empty(self.site.algorithm.aggregator))
 
     def answer(self, what: str, parcel: Parcel, into: Callable[[int], Tensor] = space) -> Parcel | Failed:
         """work: (lists of tasks, memories) -> (parts, new memories, log); partial: -> `as_gathered`'s."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -45,7 +45,10 @@ def holdings(population: Population) -> Callable[[ClientId], ClientData | Held]:
     one = population.dataset.prepare(stored.x[:1])
     if one.nbytes * len(stored) > LARGEST:
         return population.data
-    x, y = population.dataset.prepare(stored.x), stored.y
+
+    @cache
+    def whole() -> Tensor:
+        return population.dataset.prepare(stored.x)
 
     @lru_cache(maxsize=REMEMBERED)
     def rows(client: ClientId) -> tuple[Tensor, Tensor, float | None]:
@@ -55,4 +58,4 @@ def holdings(population: Population) -> Callable[[ClientId], ClientData | Held]:
             weight = float(stored.column(population.weight)[train].sum())
         return torch.from_numpy(train), torch.from_numpy(test), weight
 
-    return lambda client: Held(x, y, *rows(client))
+    return lambda client: Held(whole(), stored.y, *rows(client))

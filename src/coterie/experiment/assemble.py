@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from coterie.aggregators import krum, mean
 from coterie.algorithms import ALGORITHMS, OPTIMIZERS, Local, gradient
-from coterie.backends import Device, InProcess, Pool, Site, Store
+from coterie.backends import Device, InProcess, Pool, Site, Store, Trainer, ray_cluster, workers
 from coterie.core import Aggregator, Algorithm, ClientId, ConfigError, derive, seeded
 from coterie.data import (
     DATASETS,
     PARTITIONS,
-    ClientData,
     Dataset,
-    Held,
     Lazy,
     Population,
     from_torch,
@@ -53,15 +51,23 @@ class Parts:
     trainer: Loop | Custom | Vectorised
     note: str  # which trainer was chosen, and why
     test: tuple[Tensor, Tensor]  # the global test set
+    model: nn.Module | None  # objects that were given instead of names in the config
+    fit: Callable[..., Any] | None
 
     def pool(self, memories: Store) -> Pool:
-        """Who answers the clients' tasks: this process."""
-        return self.site(memories)
+        """Who answers the clients' tasks: this process, several, or a Ray cluster."""
+        site, settings = self.site(memories), self.config.backend
+        kind = self.trainer.name
+        make = partial(worker_site, self.config, kind, self.population.dataset, self.model, self.fit)
+        threads = self.config.run["threads"]
+        if settings["kind"] == "ray":
+            options = {name: settings[name] for name in ("address", "actors", "cpus", "gpus")}
+            return ray_cluster(site, make, **options, threads=threads)
+        return workers(site, make, settings["workers"], threads=threads) if settings["workers"] > 1 else site
 
     def site(self, memories: Store) -> Site:
-        """What answers the clients' tasks."""
-        data = holdings(self.population)
-        return Site(self.algorithm, self.trainer, self._evaluate, data, memories, self._samples)
+        """What answers them in one process."""
+        return _site(self.population, self.problem, self.algorithm, self.trainer, memories)
 
     def backend(self, pool: Pool, clock: Mapping[str, Any] | None) -> InProcess:
         """The simulation of the configured devices."""
@@ -71,9 +77,6 @@ class Parts:
         """The simulated devices."""
         config, key = self.config, derive(self.config.seed, "system")
         return device(config.system, key=key, samples=self._samples, folder=config.folder)
-
-    def _evaluate(self, model: Any, data: ClientData | Held) -> dict[str, float]:
-        return self.problem.measure(model, *data.test)
 
     def _samples(self, client: ClientId) -> int:
         return self.population.sizes(client)[0]
@@ -100,13 +103,44 @@ def assemble(
     trainer, note = _trainer(config, problem, algorithm, population, fit)
     test = _test(population)
     problem.check(test[0][:2], test[1][:2], len(dataset.classes) if dataset.classes else None)
-    made = Parts(config, population, problem, initial, local, algorithm, schedule, trainer, note, test)
+    made = Parts(
+        config, population, problem, initial, local, algorithm, schedule, trainer, note, test, model, fit
+    )
     made.device()  # checks [system]
     _refuse_pairs(made)
     plan = schedule(algorithm, algorithm.init(initial), population.clients)
     next(plan)  # a plan does no I/O, so what it would refuse at its start is found out here
     plan.close()
     return made
+
+
+def worker_site(
+    config: Config,
+    kind: str,
+    dataset: Dataset,
+    model: nn.Module | None,
+    fit: Callable[..., Any] | None,
+    memories: Store,
+) -> Site:
+    """A worker's site: as that of the process that assembled the config, whose trainer was of this kind."""
+    population = load_population(config, dataset)
+    problem, _ = _problem(config, dataset, model)
+    _, algorithm = _algorithm(config, len(population.clients))
+    trainer = _made(kind, config, problem, fit)
+    return _site(population, problem, algorithm, trainer, memories)
+
+
+def _site(
+    population: Population, problem: Problem, algorithm: Algorithm, trainer: Trainer, memories: Store
+) -> Site:
+    return Site(
+        algorithm,
+        trainer,
+        lambda model, data: problem.measure(model, *data.test),
+        holdings(population),
+        memories,
+        lambda client: population.sizes(client)[0],
+    )
 
 
 def load_dataset(config: Config, data_dir: Path | None = None) -> Dataset:
@@ -268,19 +302,11 @@ def _trainer(
             f"backend.trainer = {kind!r}: no such trainer",
             (f"did you mean {guess!r}? " if guess else "") + f"there are: {', '.join(TRAINERS)}",
         )
-    seed = derive(config.seed, "clients")
-    if kind == "custom":
-        if fit is None:
-            if "fit" not in section:
-                raise ConfigError(
-                    "backend.trainer: custom needs fit", 'trainer = { kind = "custom", fit = "train.py:fit" }'
-                )
-            fit = parts.load_object(section["fit"], "backend.trainer.fit", config.folder)
-        return Custom(problem, seed, fit), "trainer: custom (your own fit)"
-    if kind == "loop":
-        return Loop(problem, seed), "trainer: loop (one client after the other)"
-    options = {name: config.backend[name] for name in ("block", "compile", "precision")}
-    trainer = Vectorised(problem, seed, **options)
+    if kind in ("custom", "loop"):
+        told = {"custom": "your own fit", "loop": "one client after the other"}
+        return _made(kind, config, problem, fit), f"trainer: {kind} ({told[kind]})"
+    trainer = _made("vectorised", config, problem, fit)
+    assert isinstance(trainer, Vectorised)
     clients = [population.clients[0], population.clients[-1]]
     obstacle = trainer.obstacle(algorithm, [population.data(client) for client in clients])
     if not obstacle:
@@ -289,7 +315,26 @@ def _trainer(
         raise ConfigError(
             f"backend.trainer = 'vectorised': {obstacle[0]}", f'{obstacle[1]}; or set trainer = "loop"'
         )
-    return Loop(problem, seed), f"trainer: loop, because {obstacle[0]} ({obstacle[1]})"
+    return _made("loop", config, problem, fit), f"trainer: loop, because {obstacle[0]} ({obstacle[1]})"
+
+
+def _made(
+    kind: str, config: Config, problem: Problem, fit: Callable[..., Any] | None
+) -> Loop | Custom | Vectorised:
+    seed, settings = derive(config.seed, "clients"), config.backend
+    if kind == "custom":
+        if fit is None:
+            named = settings["trainer"].get("fit") if isinstance(settings["trainer"], Mapping) else None
+            if named is None:
+                raise ConfigError(
+                    "backend.trainer: custom needs fit", 'trainer = { kind = "custom", fit = "train.py:fit" }'
+                )
+            fit = parts.load_object(named, "backend.trainer.fit", config.folder)
+        return Custom(problem, seed, fit)
+    if kind == "vectorised":
+        options = {name: settings[name] for name in ("block", "compile", "precision")}
+        return Vectorised(problem, seed, **options)
+    return Loop(problem, seed)
 
 
 def _test(population: Population) -> tuple[Tensor, Tensor]:

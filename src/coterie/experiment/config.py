@@ -81,19 +81,30 @@ def data_settings(*, dataset: str, partition: Section, holdout: float = 0.1, **l
 
 def backend_settings(
     *,
-    kind: Literal["inprocess"] = "inprocess",
+    kind: Literal["inprocess", "ray"] = "inprocess",
     trainer: str | Section = "auto",
     workers: int = 1,
     block: Literal["auto"] | int = "auto",
     compile: bool = False,
     precision: Literal["float32", "bfloat16"] = "float32",
+    address: str | None = None,
+    actors: int | None = None,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
 ) -> Section:
     """What `[backend]` takes: where clients train, and how.
 
-    workers: processes of this machine. block: clients that the vectorised trainer takes together. compile:
-    let torch.compile fuse its graphs (a minute at the start). precision: the type it multiplies in.
+    workers: processes of this machine. address, actors, cpus, gpus: of a Ray cluster; actors are as many as
+    it has CPUs for, and cpus and gpus what each takes. block: clients that the vectorised trainer takes
+    together. compile: let torch.compile fuse its graphs (up to a minute at the start). precision: the type
+    it multiplies in.
     """
     settings = dict(locals())
+    for name in ("address", "actors", "cpus", "gpus"):
+        if kind != "ray" and settings[name] not in (None, 0.0, 1.0):
+            raise ConfigError(f"backend.{name}: only a Ray cluster has it", 'set backend.kind = "ray"')
+    if kind == "ray" and workers > 1:
+        raise ConfigError("backend.workers: a Ray cluster has actors", "set backend.actors instead")
     if workers < 1:
         raise ConfigError(f"backend.workers = {workers}: must be >= 1")
     if block != "auto" and block < 2:

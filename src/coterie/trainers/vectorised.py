@@ -97,7 +97,10 @@ class Vectorised:
         down, config = algorithm.broadcast(algorithm.init(self.problem.model())), algorithm.local(0)
         tasks = [Task(row, str(row), 0, 0, down, config=config) for row in range(2)]
         keys = [task_key(self.seed, task) for task in tasks]
-        drawn = [self._drawn(task, key, data)[:1] for task, key, data in zip(tasks, keys, datas, strict=True)]
+        drawn = [
+            [rows[:16] for rows in self._drawn(task, key, data)[:1]]
+            for task, key, data in zip(tasks, keys, datas, strict=True)
+        ]
         try:
             with (
                 torch.no_grad(),
@@ -105,7 +108,7 @@ class Vectorised:
                 _watched(self.problem.training, self.layers) as (at, paths),
             ):
                 stepper, state = self._begin(algorithm, tasks, [None, None], datas[0])
-                state, _ = self._descend(stepper, state, datas, drawn, keys, record=True)
+                state, _ = self._descend(stepper, state, datas, drawn, keys, check=True)
                 self._finish(algorithm, stepper, state, tasks, [1, 1])
         except RunError as error:
             return error.args[0], "its rows or clients depend on each other"
@@ -292,7 +295,7 @@ class Vectorised:
         drawn: Sequence[Sequence[Rows]],
         keys: Sequence[Key],
         *,
-        record: bool = False,
+        check: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """All local steps of a block, the busiest clients first. Returns the state and the summed losses."""
         begun, clients = state, len(drawn)
@@ -322,8 +325,10 @@ class Vectorised:
                 seeds[:width] + number * GOLDEN % 2**63,
             )
             worth = size == full and often[width, size] >= RECORD_FROM
-            run = self._runner(stepper, state, batch, recorded=worth or record)
-            state |= zip(stepper.moving, run(*state.values(), *batch), strict=True)
+            made = self._runner(stepper, state, batch, recorded=worth)(*state.values(), *batch)
+            if check:
+                self._compare(stepper, state, batch, made)
+            state |= zip(stepper.moving, made, strict=True)
             losses[:active] += state[LOSS][:active].double() * batch[2][:active].sum(1)
         self.rows[0] += sum(width * size for _, width, size in shapes)
         self.rows[1] += int(lengths.sum())
