@@ -61,7 +61,8 @@ class Parts:
         make = partial(worker_site, self.config, kind, self.population.dataset, self.model, self.fit)
         threads = self.config.run["threads"]
         if settings["kind"] == "ray":
-            options = {name: settings[name] for name in ("address", "actors", "cpus", "gpus")}
+            names = ("address", "actors", "cpus", "gpus")
+            options = {name: settings[name] for name in names if name in settings}
             return ray_cluster(site, make, **options, threads=threads)
         return workers(site, make, settings["workers"], threads=threads) if settings["workers"] > 1 else site
 

@@ -109,7 +109,7 @@ def backend_settings(
         raise ConfigError(f"backend.workers = {workers}: must be >= 1")
     if block != "auto" and block < 2:
         raise ConfigError(f"backend.block = {block}: must be >= 2", '"auto" chooses by the model\'s size')
-    return settings
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def run_settings(
