@@ -31,9 +31,7 @@ def rounds(config, count):
     return {**config.schedule, "rounds": count}
 
 
-@pytest.mark.parametrize(
-    "kind", ["synchronous", "adam", "scaffold", "hierarchical", "krum", "gossip", "stragglers", "batchnorm"]
-)
+@pytest.mark.parametrize("kind", ["synchronous", "scaffold", "gossip", "stragglers", "batchnorm"])
 def test_a_round_ends_within_1e_5_of_the_loops(kind, experiment, tmp_path, unreported):
     """Of the change that the round made, not only of the state."""
     config = experiment(kind)
@@ -81,8 +79,7 @@ def test_crash_after_any_event(kind, experiment, tmp_path, unreported):
     config, calls = experiment(kind, backend=BLOCKS), []
     whole = run(config, out=tmp_path / "whole", watch=calls.append)
     rows = timeless_rows(whole.folder)
-    points = range(1 + len(calls) // 6, len(calls), max(3, len(calls) // 3))
-    assert points
+    points = (len(calls) // 4, 3 * len(calls) // 4)
     for point in points:
         out = tmp_path / f"at-{point}"
         with pytest.raises(Crash):

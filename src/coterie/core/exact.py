@@ -63,19 +63,21 @@ def add(acc: Tree, up: Tree, weight: float | Sequence[float] | Tensor) -> Tree:
             "bound": 0,
         }
     rows = trees.rows(acc["hi"], acc["lo"], acc["like"], up)
-    largest = 0.0
+    largest = torch.zeros(len(weights), dtype=torch.float64)
     for hi, _, like, u in rows:
         if u.shape != (len(weights), *hi.shape) or u.dtype != like.dtype:
             raise ValueError(
                 f"an update of {u.dtype} {tuple(u.shape[1:])} among updates of {like.dtype} {tuple(hi.shape)}"
             )
-        if u.is_floating_point() and u.numel():
-            low, high = trees.extent(u)
-            largest = max(largest, -low, high) if math.isfinite(low + high) else math.inf
-    if not math.isfinite(largest):
+        if u.is_floating_point() and hi.numel():
+            torch.maximum(largest, trees.largest(u), out=largest)
+    if not torch.isfinite(largest).all():
         trees.check_finite(up)  # names the leaf
     # integers, so that the bound is the same in any order too
-    total = _checked(acc["bound"] + sum(math.ceil(min(largest * each, 2.0 * LIMIT)) for each in weights))
+    bounds = (
+        math.ceil(min(most * each, 2.0 * LIMIT)) for most, each in zip(largest.tolist(), weights, strict=True)
+    )
+    total = _checked(acc["bound"] + sum(bounds))
     count = acc["count"] + len(weights)
     if count // CARRY_EVERY != acc["count"] // CARRY_EVERY:
         trees.map_tree(_carry, acc["hi"], acc["lo"])

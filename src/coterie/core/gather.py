@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from coterie.core import exact, trees
 from coterie.core.errors import NonFinite
@@ -115,7 +116,7 @@ def accept(
         except NonFinite as error:
             if on_nan == "stop":
                 raise
-            reason = str(error)
+            reason = error.args[0]
         else:
             got.accepted.update(event.answers if task.kind == "fold" else [(task.client, task.id)])
             return ""
@@ -129,15 +130,9 @@ def accept_block(got: Gathered, aggregator: Aggregator, block: Replies, on_nan: 
     limits = torch.tensor([exact.LIMIT / max(weight, 1.0) for weight in block.weights], dtype=torch.float64)
     for name, leaf in trees.named_leaves(block.ups):
         if leaf.is_floating_point() and leaf[0].numel():
-            low, high = leaf.detach().flatten(1).aminmax(dim=1)
-            fits = torch.maximum(-low, high).double().cpu() < limits  # False for NaN
-            if not fits.all():
-                for row in (~fits).nonzero().flatten().tolist():
-                    ends = float(low[row]), float(high[row])
-                    said = f"{max(-ends[0], ends[1]):.3g}: it has diverged"
-                    if not all(map(math.isfinite, ends)):
-                        said = "NaN or infinity"
-                    why[row] = why[row] or f"{name} holds {said}"
+            fits = trees.largest(leaf) < limits  # False for NaN
+            for row in [] if fits.all() else (~fits).nonzero().flatten().tolist():
+                why[row] = why[row] or _diverged(name, leaf[row])
     if any(why):
         reasons = [f"{_who(task)}: {said}" for task, said in zip(block.tasks, why, strict=True) if said]
         if on_nan == "stop":
@@ -158,6 +153,13 @@ def accept_block(got: Gathered, aggregator: Aggregator, block: Replies, on_nan: 
         fold.lost,
     )
     got.accepted.update((task.client, task.id) for task in block.tasks)
+
+
+def _diverged(name: str, leaf: Tensor) -> str:
+    low, high = trees.extent(leaf)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"{name} holds NaN or infinity"
+    return f"{name} holds {max(-low, high):.3g}: it has diverged"
 
 
 def _refusal(block: Replies, row: int) -> str:
