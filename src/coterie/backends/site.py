@@ -19,8 +19,9 @@ log = logging.getLogger("coterie")
 class Trainer(Protocol):
     """Trains clients one by one, or in blocks of up to `width`.
 
-    A trainer with a width above 1 also has `fit_block(algorithm, tasks, memories, datas) -> (Replies,
-    memories)`, where all tasks are of one version and have one config.
+    A trainer with a width above 1 also has `fit_block(algorithm, tasks, memories, datas) -> [(Replies,
+    memories), ...]`, where all tasks are of one version and have one config, and `least`: how many rows a
+    client of a block must have.
     """
 
     width: int
@@ -115,14 +116,20 @@ class Site:
         """Nothing to let go of."""
 
     def _answers(self, tasks: Sequence[Task]) -> Iterator[Reply | Lost | Replies]:
-        alone = [task for task in tasks if self.trainer.width == 1 or task.kind != "train"]
+        alone = [task for task in tasks if not self._together(task)]
         for task in alone:
             yield self(task)
             self.progress(1)
-        together = [task for task in tasks if self.trainer.width > 1 and task.kind == "train"]
+        together = [task for task in tasks if self._together(task)]
         for block in pack(together, self.size, self.trainer.width):
             yield from self._block(block)
             self.progress(len(block))
+
+    def _together(self, task: Task) -> bool:
+        if self.trainer.width == 1 or task.kind != "train":
+            return False
+        least = getattr(self.trainer, "least", 1)
+        return least <= 1 or self.size(task.client) >= least
 
     def _block(self, tasks: Sequence[Task]) -> Iterator[Reply | Lost | Replies]:
         """Train a block; if it cannot be trained together, each client alone, so that the guilty is found."""

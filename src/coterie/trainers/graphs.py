@@ -15,8 +15,9 @@ def tidy(module: GraphModule) -> GraphModule:
     """Drop what nobody uses, and compute once what is computed twice."""
     graph, seen = module.graph, dict[Any, Node]()
     graph.eliminate_dead_code()
+    written = _written(graph)
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target in _FRESH:
+        if node.op != "call_function" or node in written or _draws(node):
             continue
         key = (node.target, _hashable(node.args), _hashable(node.kwargs))
         if key in seen:
@@ -44,7 +45,7 @@ def in_place(module: GraphModule, inputs: Collection[int]) -> GraphModule:
         held, update = out.args
         if placed.index(held) not in inputs or held in output.args[0] or not isinstance(update, Node):
             continue
-        if any(user is not output for user in out.users):
+        if any(user is not output for user in out.users) or _views_of(held) & set(output.args[0]):
             continue
         after = max([user for user in held.users if user is not out] + [update], key=order.__getitem__)
         with graph.inserting_after(after):
@@ -89,12 +90,37 @@ def _hashable(value: object) -> object:
     return (type(value), value)
 
 
-_FRESH = frozenset(  # random, or fresh memory that somebody may write into
-    {
-        aten.empty.memory_format,
-        aten.new_empty.default,
-        aten.bernoulli.p,
-        aten.rand.default,
-        aten.randn.default,
-    }
-)
+def _written(graph: torch.fx.Graph) -> set[Node]:
+    """What some node writes into, the nodes that do, and what all these are views of."""
+    found: set[Node] = set()
+    ahead = [node for node in graph.nodes if _schema(node) is not None and _schema(node).is_mutable]
+    while ahead:
+        node = ahead.pop()
+        if node not in found:
+            found.add(node)
+            if _is_view(node) or (_schema(node) is not None and _schema(node).is_mutable):
+                ahead += node.all_input_nodes
+    return found
+
+
+def _views_of(node: Node) -> set[Node]:
+    found: set[Node] = set()
+    ahead = [node]
+    while ahead:
+        more = [user for user in ahead.pop().users if _is_view(user) and user not in found]
+        found.update(more)
+        ahead += more
+    return found
+
+
+def _is_view(node: Node) -> bool:
+    schema = _schema(node)
+    return schema is not None and any(made.alias_info is not None for made in schema.returns)
+
+
+def _draws(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _schema(node: Node) -> Any:
+    return getattr(node.target, "_schema", None) if node.op == "call_function" else None

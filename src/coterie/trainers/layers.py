@@ -24,19 +24,22 @@ from coterie.trainers.recurrent import Recurrence
 
 WIDE = 16  # input channels from which clients' convolutions are done one after the other
 aten = torch.ops.aten
+Table = dict[Any, Callable[..., Any]]
 Function = torch.autograd.Function
 
 
 class Layers(TorchFunctionMode):
     """Replaces slow functions while it is entered. `mask` [B] and `seed` (0-d) are of the client at work.
 
-    precision: the type in which convolutions, linear and recurrent layers multiply (None: their own).
+    table: what replaces which function. precision: the type in which convolutions, linear and recurrent
+    layers multiply (None: their own).
     used: the names of functions replaced so far.
     """
 
-    def __init__(self, precision: torch.dtype | None = None) -> None:
+    def __init__(self, precision: torch.dtype | None = None, table: Table | None = None) -> None:
         super().__init__()
         self.precision = precision
+        self.table = TABLE if table is None else table
         self.mask: Tensor | None = None
         self.seed: Tensor | None = None
         self.used: set[str] = set()
@@ -57,7 +60,7 @@ class Layers(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        replaced = TABLE.get(func)
+        replaced = self.table.get(func)
         if replaced is not None:
             made = replaced(self, *args, **kwargs)
             if made is not NotImplemented:
@@ -172,7 +175,7 @@ def batch_norm(
     over = [0, *range(2, x.dim())]
     shape = [1, -1] + [1] * (x.dim() - 2)
     keep = layers.mask.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-    count = layers.mask.sum() * (x[0, 0].numel())
+    count = layers.mask.to(x.dtype).sum() * x[0, 0].numel()
     mean = (x * keep).sum(over) / count
     centred = x - mean.view(shape)
     var = (centred * centred * keep).sum(over) / count
@@ -184,6 +187,25 @@ def batch_norm(
     if weight is not None:
         y = y * weight.view(shape)
     return y if bias is None else y + bias.view(shape)
+
+
+def group_norm(
+    layers: Layers, x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    """GroupNorm; torch's own asks for a memory format that vmap does not know."""
+    groups = x.reshape(x.shape[0], num_groups, -1)
+    centred = groups - groups.mean(2, keepdim=True)
+    var = (centred * centred).mean(2, keepdim=True)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    y = (centred * torch.rsqrt(var + eps)).reshape(x.shape)
+    if weight is not None:
+        y = y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+def pool_to_one(layers: Layers, x: Tensor, output_size: Any) -> Any:
+    """Average pooling of the whole image."""
+    return x.mean((-2, -1), keepdim=True) if output_size in (1, (1, 1), [1, 1]) else NotImplemented
 
 
 def gru(
@@ -209,7 +231,7 @@ def gru(
     return y.transpose(0, 1) if batch_first else y, torch.stack(ends)
 
 
-TABLE: dict[Any, Callable[..., Any]] = {
+TABLE: Table = {
     torch.conv1d: conv,
     torch.conv2d: conv,
     F.linear: linear,
@@ -218,8 +240,11 @@ TABLE: dict[Any, Callable[..., Any]] = {
     F.embedding: embedding,
     F.dropout: dropout,
     F.batch_norm: batch_norm,
+    F.group_norm: group_norm,
+    F.adaptive_avg_pool2d: pool_to_one,
     torch.gru: gru,
 }
+DRAWS: Table = {F.dropout: dropout}  # all that the reference, plain torch, must share with them
 
 
 def _to(x: Any, dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ variate, frozen parameters) is held once.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -36,13 +37,13 @@ from coterie.core.types import Algorithm, Params, Replies, Reply, Task, Tree
 from coterie.data import ClientData, Held
 from coterie.data.types import Rows
 from coterie.trainers.graphs import in_place, tidy
-from coterie.trainers.layers import Layers
-from coterie.trainers.loop import count_of, rows_of, task_key, weight_of
+from coterie.trainers.layers import DRAWS, Layers
+from coterie.trainers.loop import Loop, count_of, rows_of, task_key, weight_of
 from coterie.trainers.problem import Problem
 
 log = logging.getLogger("coterie")
 RECORD_FROM = 3  # steps of one shape in a block that are worth a graph
-AGREES = 1e-3  # relative difference of one step from the loop's, in float32; bfloat16 gets 50 times that
+AGREES = 1e-3  # relative difference of a gradient from the loop's; bfloat16 gets 50 times that
 GOLDEN = 0x1E3779B97F4A7C15  # seeds of successive steps lie this far apart
 
 
@@ -51,16 +52,19 @@ class Stepper:
     """The step of one algorithm over its flat state: params, the optimiser's slots and carry, by path.
 
     shared: leaves without a dimension for the clients; moving: leaves that a step replaces. fresh: leaves
-    that the first step adds, as zeros of one client. graphs: what runs a step, by (clients, rows in a batch).
+    that the first step adds, as zeros of one client. graphs: what runs a step, by the shapes of a batch.
     """
 
     step: Callable[..., Tree]
+    slope: Callable[
+        [Layers], Callable[..., Tree]
+    ]  # layers -> what gives the gradient of a step, and the carry
     spec: TreeSpec
     paths: list[str]
     shared: set[str]
     moving: list[str]
     fresh: dict[str, Tensor]
-    graphs: dict[tuple[int, int], Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
+    graphs: dict[Any, Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
 
 
 class Vectorised:
@@ -83,6 +87,7 @@ class Vectorised:
     ) -> None:
         self.problem, self.seed = problem, seed
         self.width = _width(problem) if block == "auto" else max(block, 2)
+        self.least = problem.least_rows  # that a client in a block has
         self.compile, self.precision = compile, precision
         self.layers = Layers(torch.bfloat16 if precision == "bfloat16" else None)
         self.steppers: dict[Any, Stepper] = {}
@@ -101,6 +106,8 @@ class Vectorised:
             [rows[:16] for rows in self._drawn(task, key, data)[:1]]
             for task, key, data in zip(tasks, keys, datas, strict=True)
         ]
+        if len(drawn[1][0]) > max(2, self.problem.least_rows):
+            drawn[1] = [drawn[1][0][:-1]]  # so that a row is padded: it must not matter to the others
         try:
             with (
                 torch.no_grad(),
@@ -115,6 +122,8 @@ class Vectorised:
         except Exception as error:
             where = f" in {at[-1]}" if at else ""
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if ".item()" in said or "control flow" in said:
+                said = "data-dependent control flow or .item()"
             return f"vmap cannot batch it{where}: {said}", _hint(self.problem.training)
         self.paths = paths
         return None
@@ -129,6 +138,8 @@ class Vectorised:
         self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData | Held
     ) -> tuple[Reply, Tree]:
         """Train one client, as a block of its own."""
+        if count_of(data) < self.least:
+            return Loop(self.problem, self.seed).fit(algorithm, task, memory, data)
         ((block, after),) = self.fit_block(algorithm, [task], [memory], [data])
         metrics = {name: values[0] for name, values in block.metrics.items()}
         reply = Reply(task, _row(block.ups, 0), block.weights[0], metrics, block.samples[0])
@@ -145,6 +156,8 @@ class Vectorised:
 
         A block that does not fit the memory is halved, and its halves trained one after the other.
         """
+        if len(tasks) > self.width:  # it was lowered since the block was packed
+            return self._in_parts(algorithm, tasks, memories, datas)
         try:
             return [self._fit(algorithm, tasks, memories, datas)]
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -152,10 +165,19 @@ class Vectorised:
                 raise
         self.width = max(2, min(self.width, len(tasks) // 2))
         log.warning("out of memory with %d clients in a block: from now on %d", len(tasks), self.width)
-        half = (len(tasks) + 1) // 2
+        return self._in_parts(algorithm, tasks, memories, datas)
+
+    def _in_parts(
+        self,
+        algorithm: Algorithm,
+        tasks: Sequence[Task],
+        memories: Sequence[Tree],
+        datas: Sequence[ClientData | Held],
+    ) -> list[tuple[Replies, Tree]]:
+        parts = [slice(start, start + self.width) for start in range(0, len(tasks), self.width)]
         return [
             made
-            for part in (slice(None, half), slice(half, None))
+            for part in parts
             for made in self.fit_block(algorithm, tasks[part], memories[part], datas[part])
         ]
 
@@ -166,6 +188,8 @@ class Vectorised:
         memories: Sequence[Tree],
         datas: Sequence[ClientData | Held],
     ) -> tuple[Replies, Tree]:
+        if any(count_of(data) < self.least for data in datas):
+            raise ValueError(f"a client of this block has fewer than {self.least} rows")
         keys = [task_key(self.seed, task) for task in tasks]
         drawn = [self._drawn(task, key, data) for task, key, data in zip(tasks, keys, datas, strict=True)]
         order = sorted(range(len(tasks)), key=lambda i: -len(drawn[i]))
@@ -217,7 +241,7 @@ class Vectorised:
         kept = memories[0] if same_memory else _stacked(memories)
         dims = (None if same_down else 0, None if same_memory else 0, 0)
         leaves, batched, spec = _batch(start, dims, downs, kept, torch.arange(len(tasks)))
-        key = (id(algorithm), str(spec), frozenset(batched))
+        key = (algorithm.client_work, str(spec), frozenset(batched))
         if key not in self.steppers:
             self.steppers[key] = self._stepper(algorithm, leaves, batched, spec, data)
         stepper, clients, state = self.steppers[key], len(tasks), {}
@@ -249,7 +273,7 @@ class Vectorised:
             torch.ones(2, len(y)),
             torch.zeros(2, dtype=torch.int64),
         )
-        step, paths = self._step(algorithm), list(leaves)
+        (step, slope), paths = self._step(algorithm), list(leaves)
         moving: list[str] = []
 
         def watched(*args: Any) -> Tree:
@@ -268,24 +292,35 @@ class Vectorised:
             made, after = _flat(vmap(watched, in_dims=tuple(dims), randomness="different")(*two, *batch))
         shared = {path for path in made if path not in moving and path not in batched}
         fresh = {path: torch.zeros_like(leaf[0]) for path, leaf in made.items() if path not in leaves}
-        return Stepper(step, after, list(made), shared, list(moving), fresh)
+        return Stepper(step, slope, after, list(made), shared, list(moving), fresh)
 
-    def _step(self, algorithm: Algorithm) -> Callable[..., Tree]:
-        """One local step of one client, as the loop takes it."""
-        work, problem, layers = algorithm.client_work, self.problem, self.layers
+    def _step(
+        self, algorithm: Algorithm
+    ) -> tuple[Callable[..., Tree], Callable[[Layers], Callable[..., Tree]]]:
+        """One local step of one client, as the loop takes it; and its gradient alone, with given layers."""
+        work, problem = algorithm.client_work, self.problem
 
         def objective(params: Params, batch: tuple[Tensor, Tensor], carry: Tree) -> tuple[Tensor, Tree]:
             return work.objective(problem.loss, params, batch, carry)
 
-        def step(state: Tree, x: Tensor, y: Tensor, mask: Tensor, seed: Tensor) -> Tree:
-            params, slots, carry = state
-            layers.mask, layers.seed = mask, seed
-            with layers:
-                grads, carry = work.gradient(objective, params, (x, y), mask, carry, None)
-                updates, slots = work.optimizer(carry).update(grads, slots, params)
-                return trees.add(params, updates), slots, carry
+        def slope(layers: Layers) -> Callable[..., Tree]:
+            def gradient(state: Tree, x: Tensor, y: Tensor, mask: Tensor, seed: Tensor) -> Tree:
+                params, _, carry = state
+                layers.mask, layers.seed = mask, seed
+                with layers:
+                    return work.gradient(objective, params, (x, y), mask, carry, None)
 
-        return step
+            return gradient
+
+        batched = slope(self.layers)
+
+        def step(state: Tree, *batch: Tensor) -> Tree:
+            grads, carry = batched(state, *batch)
+            params, slots, _ = state
+            updates, slots = work.optimizer(carry).update(grads, slots, params)
+            return trees.add(params, updates), slots, carry
+
+        return step, slope
 
     def _descend(
         self,
@@ -327,7 +362,7 @@ class Vectorised:
             worth = size == full and often[width, size] >= RECORD_FROM
             made = self._runner(stepper, state, batch, recorded=worth)(*state.values(), *batch)
             if check:
-                self._compare(stepper, state, batch, made)
+                self._compare(stepper, state, batch)
             state |= zip(stepper.moving, made, strict=True)
             losses[:active] += state[LOSS][:active].double() * batch[2][:active].sum(1)
         self.rows[0] += sum(width * size for _, width, size in shapes)
@@ -340,7 +375,7 @@ class Vectorised:
         self, stepper: Stepper, state: Mapping[str, Tensor], batch: tuple[Tensor, ...], *, recorded: bool
     ) -> Callable[..., Sequence[Tensor]]:
         """What takes a step of this shape: a recorded graph, or vmap itself where that is not worth it."""
-        shape = (batch[2].shape[0], batch[2].shape[1])
+        shape = tuple((part.shape, part.dtype) for part in batch)
         if recorded and shape in stepper.graphs:
             return stepper.graphs[shape]
         dims = tuple([None if path in stepper.shared else 0 for path in state] + [0] * 4)
@@ -353,47 +388,50 @@ class Vectorised:
         if not recorded:
             return batched
         args = (*state.values(), *batch)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             graph = tidy(make_fx(batched)(*args))
-        self._compare(stepper, state, batch, graph(*args))
+            self._compare(stepper, state, batch)
         params = [number for number, path in enumerate(state) if path.startswith("[0]")]
         stepper.graphs[shape] = in_place(graph, params)
         if self.compile:
             stepper.graphs[shape] = torch.compile(graph)
         return stepper.graphs[shape]
 
-    def _compare(
-        self,
-        stepper: Stepper,
-        state: Mapping[str, Tensor],
-        batch: tuple[Tensor, ...],
-        made: Sequence[Tensor],
-    ) -> None:
-        """Take the first and last client's step alone too. Raises RunError when the batched one differs."""
+    def _compare(self, stepper: Stepper, state: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> None:
+        """Take the first and last client's gradient alone too, by plain torch and without padded rows.
+
+        Raises RunError when the batched one differs.
+        """
+        dims = tuple([None if path in stepper.shared else 0 for path in state] + [0] * 4)
+
+        def gradient(layers: Layers) -> Callable[..., Tree]:
+            slope = stepper.slope(layers)
+            return lambda *args: slope(tree_unflatten(list(args[:-4]), stepper.spec), *args[-4:])
+
+        together = vmap(gradient(self.layers), in_dims=dims, randomness="different")(*state.values(), *batch)
         for row in (0, len(batch[2]) - 1):
             real = int(batch[2][row].sum())
             if not real:
                 continue
-            alone = [leaf if path in stepper.shared else leaf[row] for path, leaf in state.items()]
-            one = (batch[0][row, :real], batch[1][row, :real], batch[2][row, :real], batch[3][row])
+            leaves = [leaf if path in stepper.shared else leaf[row] for path, leaf in state.items()]
             before = torch.random.get_rng_state()
-            after, _ = _flat(stepper.step(tree_unflatten(alone, stepper.spec), *one))
+            alone = gradient(Layers(table=DRAWS))(
+                *leaves, *(part[row, :real] for part in batch[:3]), batch[3][row]
+            )
             if not torch.equal(before, torch.random.get_rng_state()):
                 return  # draws of the model's own: two runs differ anyway
-            olds = dict(zip(state, alone, strict=True))
-            for path, new in zip(stepper.moving, made, strict=True):
-                if path.startswith("[0]"):
-                    step = (after[path] - olds[path]).norm()
-                    gap = (new[row] - after[path]).norm() / step.clamp(min=1e-12)
-                    scale = olds[path].norm() / step.clamp(min=1e-12) * torch.finfo(new.dtype).eps
-                    allowed = (50 if self.precision == "bfloat16" else 1) * AGREES + 4 * float(scale)
-                    if not gap <= allowed:
-                        raise RunError(
-                            f"batched over clients, the model takes another step than alone: {path[3:]} "
-                            f"differs by {float(gap):.2g} of the step",
-                            'its rows or clients depend on each other: set backend.trainer = "loop"',
-                        )
+            ours = trees.map_tree(lambda leaf, row=row: leaf[row], together)
+            for what, (mine, its) in {
+                "gradient": (ours[0], alone[0]),
+                "buffers": (ours[1]["buffers"], alone[1]["buffers"]),
+            }.items():
+                gap = _gap(mine, its)
+                if gap > (50 if self.precision == "bfloat16" else 1) * AGREES:
+                    raise RunError(
+                        f"batched over clients, the model's {what} differs by {gap:.2g} from one alone",
+                        'its rows or clients depend on each other: set backend.trainer = "loop"',
+                    )
 
     def _finish(
         self,
@@ -456,8 +494,7 @@ def _laid_out(
 ) -> tuple[Tensor, Tensor, NDArray[np.int64], NDArray[np.float32]]:
     """All clients' inputs and targets, and which rows of them are in each batch.
 
-    Returns x [rows, ...], y [rows, ...], index and mask [steps, clients, rows in a batch]; what is masked
-    out points at row 0.
+    Returns x [rows, ...], y [rows, ...], index and mask [steps, clients, rows in a batch].
     """
     first = datas[0]
     if isinstance(first, Held) and all(isinstance(data, Held) and data.x is first.x for data in datas):
@@ -468,7 +505,8 @@ def _laid_out(
         starts = np.cumsum([0, *(len(part[1]) for part in trains)])
         owned = [np.arange(start, end) for start, end in pairwise(starts)]
     longest = max(len(rows) for client in drawn for rows in client)
-    index = np.zeros((len(drawn[0]), len(drawn), longest), dtype=np.int64)
+    index = np.empty((len(drawn[0]), len(drawn), longest), dtype=np.int64)
+    index[:] = np.array([rows[0] for rows in owned])[:, None]  # its own: 0 * NaN of others would be NaN
     mask = np.zeros(index.shape, dtype=np.float32)
     for client, batches in enumerate(drawn):
         lengths = [len(rows) for rows in batches]
@@ -529,6 +567,16 @@ def _hint(module: nn.Module) -> str:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is None:
             return "give BatchNorm a momentum"
     return "branching on values and .item() cannot be batched; torch.where often can stand in"
+
+
+def _gap(mine: Tree, its: Tree) -> float:
+    """The largest difference of a leaf, relative to the norm of all; infinite where only one is finite."""
+    pairs = [(a.double(), b.double()) for a, b in trees.rows(mine, its) if b.is_floating_point()]
+    whole = sum(float(b.norm()) ** 2 for _, b in pairs) ** 0.5
+    if not math.isfinite(whole):
+        return 0.0 if not all(bool(a.isfinite().all()) for a, _ in pairs) else math.inf
+    gap = max((float((a - b).norm()) for a, b in pairs), default=0.0)
+    return gap / max(whole, 1e-12) if math.isfinite(gap) else math.inf
 
 
 def _stacked(these: Sequence[Tree]) -> Tree:
