@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from coterie.trainers.recurrent import Recurrence
 
-WIDE = 16  # input channels from which clients' convolutions are done one after the other
+WIDE = 24  # input channels from which clients' convolutions are done one after the other
 aten = torch.ops.aten
 Table = dict[Any, Callable[..., Any]]
 Function = torch.autograd.Function

@@ -520,7 +520,7 @@ def _laid_out(
 def _width(problem: Problem) -> int:
     """Blocks whose parameters fit a few megabytes: larger ones fall out of the cache."""
     each = max(trees.nbytes(problem.model()["params"]), 1)
-    return max(4, min(32, 8_000_000 // each))
+    return max(4, min(32, 10_000_000 // each))
 
 
 @contextmanager
@@ -539,7 +539,7 @@ def _watched(module: nn.Module, layers: Layers) -> Iterator[tuple[list[str], dic
     def leave(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             inside.pop()
-            paths[name] = ", ".join(sorted(layers.used)) or "vmap"
+            paths.setdefault(name, ", ".join(sorted(layers.used)) or "vmap")  # then comes the reference
 
         return hook
 
