@@ -84,9 +84,7 @@ SYSTEMS = {
     "coterie-vectorised": coterie("backend.trainer=vectorised"),
     "coterie-workers": coterie(f"backend.workers={CORES}"),
     "coterie-compiled": coterie(f"backend.workers={CORES}", "backend.compile=true"),
-    "coterie-bf16": coterie(
-        f"backend.workers={CORES}", "backend.compile=true", "backend.precision=bfloat16", precision="bfloat16"
-    ),
+    "coterie-bf16": coterie(f"backend.workers={CORES}", "backend.precision=bfloat16", precision="bfloat16"),
 }
 
 
