@@ -66,7 +66,11 @@ def test_a_file_and_a_dict_give_the_same_config_with_defaults_filled_in(tmp_path
     assert load(path).folder == tmp_path
     assert before == RAW
     assert config.data["holdout"] == 0.1
-    assert (config.backend["kind"], config.backend["trainer"], config.backend["workers"]) == ("inprocess", "auto", 1)
+    assert (config.backend["kind"], config.backend["trainer"], config.backend["workers"]) == (
+        "inprocess",
+        "auto",
+        1,
+    )
     assert config.run == {
         "evaluate_every": 1,
         "evaluate_clients": 1000,

@@ -102,6 +102,18 @@ def test_two_levels_equal_the_flat_run(kind, groups, experiment, tmp_path, unrep
     assert run(experiment(kind, schedule=deep), out=tmp_path / "deep").model_digest == flat.model_digest
 
 
+@pytest.mark.parametrize("trainer", ["loop", "vectorised"])
+@pytest.mark.parametrize("kind", ["synchronous", "scaffold"])
+def test_worker_processes_end_with_the_same_bits(kind, trainer, experiment, tmp_path, unreported):
+    digests = [
+        run(
+            experiment(kind, backend={"trainer": trainer, "workers": workers}), out=tmp_path / str(workers)
+        ).model_digest
+        for workers in (1, 2)
+    ]
+    assert digests[0] == digests[1]
+
+
 SCRIPT = """
 import sys, torch, random, numpy
 seed = int(sys.argv[2]); torch.manual_seed(seed); random.seed(seed); numpy.random.seed(seed)

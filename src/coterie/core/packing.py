@@ -7,7 +7,7 @@ from itertools import groupby, pairwise
 
 from coterie.core.types import ClientId, Task
 
-WORTH_TWO = 8  # clients that are cut into two blocks rather than one, for a second core
+FEW = 8  # clients whose blocks need not be even in number
 
 
 def pack(tasks: Sequence[Task], size: Callable[[ClientId], int], width: int) -> list[list[Task]]:
@@ -29,8 +29,8 @@ def pack(tasks: Sequence[Task], size: Callable[[ClientId], int], width: int) -> 
     for _, group in groupby(order, key=kind):
         alike = list(group)
         count = -(-len(alike) // width)
-        if len(alike) >= WORTH_TWO and width > 1:
-            count += count % 2
+        if count > 1 and width > 1 and len(alike) >= FEW:
+            count += count % 2  # for a second core
         ends = [len(alike) * index // count for index in range(count + 1)]
         blocks += [alike[start:end] for start, end in pairwise(ends)]
     return sorted(blocks, key=lambda block: -len(block) * max(sizes[task.client] for task in block))

@@ -127,6 +127,7 @@ def render(folder: Path) -> str:
         _distribution(run),
         _partition(run),
         _traffic(run),
+        _training(run),
     ]
     return pages.page(run.name, f'{header}\n<div class="grid">\n{"".join(cards)}</div>\n{_reproduce(run)}')
 
@@ -367,6 +368,25 @@ def _traffic(run: Run) -> str:
     n = sum(number((r.get("clients") or {}).get("answered")) or 0 for r in run.rows)
     note = f"{show_bytes(run.bytes('up') / n)} up for each of {n:,.0f} replies." if n else ""
     return pages.card("Bytes moved", plots.to_svg(plots.bytes_moved(run.rows)), note)
+
+
+def _training(run: Run) -> str:
+    """Which trainer was at work, and what batched each layer; nothing for runs that do not say."""
+    told = run.result.get("trainer") or {}
+    if not told.get("kind"):
+        return ""
+    means = {
+        "vectorised": "Blocks of clients as one batched computation.",
+        "loop": "One client after the other.",
+        "custom": "The user’s own function.",
+    }
+    rows = [
+        f'<tr><th scope="row">{escape(str(layer))}</th><td>{escape(str(path))}</td></tr>'
+        for layer, path in (told.get("layers") or {}).items()
+    ]
+    table = pages.table(["layer", "batched by"], rows)
+    title = f"How clients were trained: {told['kind']}"
+    return pages.card(title, table if rows else "", means.get(str(told["kind"]), ""))
 
 
 def _reproduce(run: Run) -> str:

@@ -336,7 +336,7 @@ class Vectorised:
         begun, clients = state, len(drawn)
         x, y, index, mask = _laid_out(datas, drawn)
         lengths = mask.sum(2).astype(np.int64)  # [steps, clients]
-        at, masks = torch.from_numpy(index), torch.from_numpy(mask)
+        at, masks, seen = torch.from_numpy(index), torch.from_numpy(mask), torch.from_numpy(lengths).double()
         seeds = torch.tensor([int.from_bytes(derive(key, "dropout")[:8], "little") >> 1 for key in keys])
         losses = torch.zeros(clients, dtype=torch.float64)
         full, unit = int(lengths[0].max()), max(1, clients // 8)
@@ -346,12 +346,15 @@ class Vectorised:
             shapes.append((active, max(width, 2), size))
         often = Counter(shape[1:] for shape in shapes)
         done: list[dict[str, Tensor]] = []
-        working = clients
+        working = held = clients
         for number, (active, width, size) in enumerate(shapes):
             if active < working:  # some have taken their last step
                 done.append({path: state[path][active:working].clone() for path in stepper.moving})
                 working = active
-            state = {path: leaf if path in stepper.shared else leaf[:width] for path, leaf in state.items()}
+            if width < held:
+                shared = stepper.shared
+                state = {path: leaf if path in shared else leaf[:width] for path, leaf in state.items()}
+                held = width
             rows = at[number, :width, :size].reshape(-1)
             batch = (
                 x.index_select(0, rows).view(width, size, *x.shape[1:]),
@@ -364,7 +367,7 @@ class Vectorised:
             if check:
                 self._compare(stepper, state, batch)
             state |= zip(stepper.moving, made, strict=True)
-            losses[:active] += state[LOSS][:active].double() * batch[2][:active].sum(1)
+            losses[:active] += state[LOSS][:active] * seen[number, :active]
         self.rows[0] += sum(width * size for _, width, size in shapes)
         self.rows[1] += int(lengths.sum())
         for path in stepper.moving if done else ():
@@ -476,7 +479,13 @@ def _flat(tree: Tree) -> tuple[dict[str, Any], TreeSpec]:
 def _batch(
     function: Callable[..., Tree], dims: tuple[int | None, ...], *args: Tree
 ) -> tuple[dict[str, Tensor], frozenset[str], TreeSpec]:
-    """vmap, but what depends on no batched argument keeps its shape; returns the paths of the others."""
+    """vmap, but what depends on no batched argument keeps its shape; returns the paths of the others.
+
+    The last argument is the clients' numbers, on which nothing depends.
+    """
+    if all(dim is None for dim in dims[:-1]):  # nothing of a client's own but its number
+        leaves, spec = _flat(function(*args))
+        return leaves, frozenset(), spec
     batched: set[str] = set()
 
     def watched(*args: Tree) -> Tree:
