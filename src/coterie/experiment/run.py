@@ -40,6 +40,7 @@ from coterie.experiment.plots import worst_decile
 from coterie.experiment.records import Progress, Result
 from coterie.experiment.tensorboard import board
 from coterie.storage import RunFolder, write_atomic
+from coterie.trainers import Vectorised
 
 SHOWN = 1000  # clients listed one by one in clients.json
 FREE_ON_RESUME = (
@@ -285,7 +286,7 @@ class Session:
             baselines=compared,
             bytes={way: self.totals[way] for way in ("up", "down")},
             seconds=self.seconds(),
-            trainer={"kind": self.parts.trainer.name, "layers": getattr(self.parts.trainer, "paths", {})},
+            trainer=_told(self.parts.trainer),
             model_digest=trees.digest(model),
             error=error or None,
             model=model,
@@ -295,6 +296,13 @@ class Session:
         self.folder.write_result(result.to_json())
         report.write(self.folder.path)
         return result
+
+
+def _told(trainer: Any) -> dict[str, Any]:
+    """What a result says of its trainer."""
+    if not isinstance(trainer, Vectorised):
+        return {"kind": trainer.name}
+    return {"kind": trainer.name, "layers": trainer.paths, "compile_seconds": trainer.compile_seconds}
 
 
 def _naming(config: Mapping[str, Any], model: nn.Module | None, dataset: Dataset | None) -> dict[str, Any]:

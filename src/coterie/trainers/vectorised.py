@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -91,6 +92,7 @@ class Vectorised:
         self.compile, self.precision = compile, precision
         self.layers = Layers(torch.bfloat16 if precision == "bfloat16" else None)
         self.steppers: dict[Any, Stepper] = {}
+        self.compile_seconds = 0.0
         self.rows = [0, 0]  # computed, asked for: what padding wastes
         self.paths: dict[str, str] = {}  # layer -> what batches it, once `obstacle` has looked
 
@@ -398,7 +400,11 @@ class Vectorised:
         params = [number for number, path in enumerate(state) if path.startswith("[0]")]
         stepper.graphs[shape] = in_place(graph, params)
         if self.compile:
-            stepper.graphs[shape] = torch.compile(graph)
+            stepper.graphs[shape] = compiled = torch.compile(graph)
+            start = time.perf_counter()
+            compiled(*(arg.clone() for arg in args))  # it compiles when it is first called
+            self.compile_seconds += time.perf_counter() - start
+            log.info("compiled the step of %d clients in %.1f s so far", len(batch[2]), self.compile_seconds)
         return stepper.graphs[shape]
 
     def _compare(self, stepper: Stepper, state: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> None:
@@ -528,9 +534,9 @@ def _laid_out(
 
 
 def _width(problem: Problem) -> int:
-    """Blocks whose parameters fit a few megabytes: larger ones fall out of the cache."""
+    # Ten, or as many as fit a few megabytes of cache; more where an operation costs less than starting it.
     each = max(trees.nbytes(problem.model()["params"]), 1)
-    return max(4, min(32, 10_000_000 // each))
+    return max(4, min(32 if each < 100_000 else 10, 10_000_000 // each))
 
 
 @contextmanager
