@@ -127,7 +127,7 @@ CHEAP = {"init", "data", "doctor"}
 @blocks("sh")
 def test_sh(block, folder):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for line in block.code.splitlines():
+    for line in block.code.replace("\\\n", " ").splitlines():
         program, *words = shlex.split(line, comments=True)
         if program == "make":
             assert set(words) <= targets

@@ -697,6 +697,11 @@ def _args(block):
     return tasks, [None] * len(tasks), datas
 
 
+def test_many_unequal_clients_in_one_block():
+    """More than a few clients leave the block one after the other, between full and partial batches."""
+    agree(dense(), fedavg(LOCAL), learnable([3 + 7 * index % 38 for index in range(24)]))
+
+
 def test_global_generators_are_neither_read_nor_moved():
     for name in ("dropout", "noise"):
         problem, algorithm = Problem(REPEATED[name]()), fedavg(LOCAL)

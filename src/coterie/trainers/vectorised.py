@@ -341,11 +341,11 @@ class Vectorised:
         at, masks, seen = torch.from_numpy(index), torch.from_numpy(mask), torch.from_numpy(lengths).double()
         seeds = torch.tensor([int.from_bytes(derive(key, "dropout")[:8], "little") >> 1 for key in keys])
         losses = torch.zeros(clients, dtype=torch.float64)
-        full, unit = int(lengths[0].max()), max(1, clients // 8)
-        shapes = []  # of each step: clients at work, clients computed, rows in a batch
-        for active, size in zip((lengths > 0).sum(1).tolist(), lengths.max(1).tolist(), strict=True):
-            width = min(-(-active // unit) * unit, clients) if size == full else active
-            shapes.append((active, max(width, 2), size))
+        full = int(lengths[0].max())
+        shapes = [  # of each step: clients at work, clients computed, rows in a batch
+            (active, max(active, 2), size)
+            for active, size in zip((lengths > 0).sum(1).tolist(), lengths.max(1).tolist(), strict=True)
+        ]
         often = Counter(shape[1:] for shape in shapes)
         done: list[dict[str, Tensor]] = []
         working = held = clients
@@ -364,7 +364,7 @@ class Vectorised:
                 masks[number, :width, :size].contiguous(),
                 seeds[:width] + number * GOLDEN % 2**63,
             )
-            worth = size == full and often[width, size] >= RECORD_FROM
+            worth = (width, size) == (clients, full) and often[width, size] >= RECORD_FROM
             made = self._runner(stepper, state, batch, recorded=worth)(*state.values(), *batch)
             if check:
                 self._compare(stepper, state, batch)
