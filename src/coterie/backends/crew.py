@@ -18,7 +18,6 @@ from coterie.backends.shards import Failed, Parcel, Part, Slot, as_answer, as_ga
 from coterie.backends.site import Site
 from coterie.core.errors import CoterieError, RunError
 from coterie.core.gather import Fold, Gathered, OnNan, accept, empty, merge
-from coterie.core.packing import pack
 from coterie.core.trees import map_tree
 from coterie.core.types import Lost, Reply, Task, Tree
 
@@ -328,14 +327,12 @@ def _deserted(why: str) -> RunError:
 
 def _blocks(site: Site, tasks: Sequence[Task]) -> Iterator[Block]:
     """The blocks that `site` would make of these tasks, in its order."""
-    width = site.trainer.width
-    alone = [task for task in tasks if width == 1 or task.kind != "train"]
-    together = [task for task in tasks if width > 1 and task.kind == "train"]
+    alone, blocks = site.packed(tasks)
     loads = [site.size(task.client) if task.kind == "train" else 1 for task in alone]
     place = 0
     for task, load in zip(alone, loads, strict=True):
         yield Block(place, [task], load, loose=True)
         place += 1
-    for block in pack(together, site.size, width):
+    for block in blocks:
         yield Block(place, block, len(block) * max(site.size(task.client) for task in block), loose=False)
         place += 1

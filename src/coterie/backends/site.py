@@ -116,20 +116,23 @@ class Site:
         """Nothing to let go of."""
 
     def _answers(self, tasks: Sequence[Task]) -> Iterator[Reply | Lost | Replies]:
-        alone = [task for task in tasks if not self._together(task)]
+        alone, blocks = self.packed(tasks)
         for task in alone:
             yield self(task)
             self.progress(1)
-        together = [task for task in tasks if self._together(task)]
-        for block in pack(together, self.size, self.trainer.width):
+        for block in blocks:
             yield from self._block(block)
             self.progress(len(block))
 
-    def _together(self, task: Task) -> bool:
-        if self.trainer.width == 1 or task.kind != "train":
-            return False
-        least = getattr(self.trainer, "least", 1)
-        return least <= 1 or self.size(task.client) >= least
+    def packed(self, tasks: Sequence[Task]) -> tuple[list[Task], list[list[Task]]]:
+        """Which tasks are worked on one by one, and the blocks of the others; the same for every pool."""
+        width, least = self.trainer.width, getattr(self.trainer, "least", 1)
+        alone: list[Task] = []
+        together: list[Task] = []
+        for task in tasks:
+            blocked = width > 1 and task.kind == "train" and (least <= 1 or self.size(task.client) >= least)
+            (together if blocked else alone).append(task)
+        return alone, pack(together, self.size, width)
 
     def _block(self, tasks: Sequence[Task]) -> Iterator[Reply | Lost | Replies]:
         """Train a block; if it cannot be trained together, each client alone, so that the guilty is found."""

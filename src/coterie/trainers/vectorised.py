@@ -57,9 +57,7 @@ class Stepper:
     """
 
     step: Callable[..., Tree]
-    slope: Callable[
-        [Layers], Callable[..., Tree]
-    ]  # layers -> what gives the gradient of a step, and the carry
+    slope: Callable[[Layers], Callable[..., Tree]]  # layers -> what gives a step's gradient, and the carry
     spec: TreeSpec
     paths: list[str]
     shared: set[str]
@@ -158,24 +156,14 @@ class Vectorised:
 
         A block that does not fit the memory is halved, and its halves trained one after the other.
         """
-        if len(tasks) > self.width:  # it was lowered since the block was packed
-            return self._in_parts(algorithm, tasks, memories, datas)
-        try:
-            return [self._fit(algorithm, tasks, memories, datas)]
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if len(tasks) == 1 or not _out_of_memory(error):
-                raise
-        self.width = max(2, min(self.width, len(tasks) // 2))
-        log.warning("out of memory with %d clients in a block: from now on %d", len(tasks), self.width)
-        return self._in_parts(algorithm, tasks, memories, datas)
-
-    def _in_parts(
-        self,
-        algorithm: Algorithm,
-        tasks: Sequence[Task],
-        memories: Sequence[Tree],
-        datas: Sequence[ClientData | Held],
-    ) -> list[tuple[Replies, Tree]]:
+        if len(tasks) <= self.width:
+            try:
+                return [self._fit(algorithm, tasks, memories, datas)]
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if len(tasks) <= 2 or not _out_of_memory(error):  # one client takes the room of two
+                    raise
+            self.width = max(2, len(tasks) // 2)
+            log.warning("out of memory with %d clients in a block: from now on %d", len(tasks), self.width)
         parts = [slice(start, start + self.width) for start in range(0, len(tasks), self.width)]
         return [
             made
