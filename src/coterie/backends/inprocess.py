@@ -103,10 +103,6 @@ class InProcess:
             "blocks": tuple(blocks.values()),
         }
 
-    def close(self) -> None:
-        """Let the pool go."""
-        self.pool.close()
-
     def _happen(self, due: Due) -> Event:
         if isinstance(due.what, Timer):
             return Tick(due.id, self.now)

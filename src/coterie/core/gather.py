@@ -128,11 +128,14 @@ def accept_block(got: Gathered, aggregator: Aggregator, block: Replies, on_nan: 
     """As `accept` for each row of a block, at the cost of one addition."""
     why = [_refusal(block, row) for row in range(len(block.tasks))]
     limits = torch.tensor([exact.LIMIT / max(weight, 1.0) for weight in block.weights], dtype=torch.float64)
-    for name, leaf in trees.named_leaves(block.ups):
+    fits = torch.ones(len(limits), dtype=torch.bool)
+    for leaf in trees.leaves(block.ups):
         if leaf.is_floating_point() and leaf[0].numel():
-            fits = trees.largest(leaf) < limits  # False for NaN
-            for row in [] if fits.all() else (~fits).nonzero().flatten().tolist():
-                why[row] = why[row] or _diverged(name, leaf[row])
+            fits &= trees.largest(leaf) < limits  # False for NaN
+    for row in (~fits).nonzero().flatten().tolist():
+        why[row] = why[row] or _diverged(
+            trees.map_tree(lambda leaf, row=row: leaf[row], block.ups), limits[row]
+        )
     if any(why):
         reasons = [f"{_who(task)}: {said}" for task, said in zip(block.tasks, why, strict=True) if said]
         if on_nan == "stop":
@@ -155,11 +158,12 @@ def accept_block(got: Gathered, aggregator: Aggregator, block: Replies, on_nan: 
     got.accepted.update((task.client, task.id) for task in block.tasks)
 
 
-def _diverged(name: str, leaf: Tensor) -> str:
-    low, high = trees.extent(leaf)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return f"{name} holds NaN or infinity"
-    return f"{name} holds {max(-low, high):.3g}: it has diverged"
+def _diverged(up: Tree, limit: Tensor) -> str:
+    try:
+        trees.check_finite(up, below=float(limit))
+    except NonFinite as error:
+        return str(error.args[0])
+    return ""
 
 
 def _refusal(block: Replies, row: int) -> str:

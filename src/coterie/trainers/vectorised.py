@@ -65,6 +65,11 @@ class Stepper:
     fresh: dict[str, Tensor]
     graphs: dict[Any, Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
 
+    @property
+    def dims(self) -> list[int | None]:
+        """Where each leaf of the state has its dimension for the clients, for vmap."""
+        return [None if path in self.shared else 0 for path in self.paths]
+
 
 class Vectorised:
     """fit_block(): many clients at once, to the same updates as the loop within rounding.
@@ -371,7 +376,7 @@ class Vectorised:
         shape = tuple((part.shape, part.dtype) for part in batch)
         if recorded and shape in stepper.graphs:
             return stepper.graphs[shape]
-        dims = tuple([None if path in stepper.shared else 0 for path in state] + [0] * 4)
+        dims = (*stepper.dims, *[0] * 4)
 
         def moved(*args: Tensor) -> list[Tensor]:
             made, _ = _flat(stepper.step(tree_unflatten(list(args[:-4]), stepper.spec), *args[-4:]))
@@ -400,7 +405,7 @@ class Vectorised:
 
         Raises RunError when the batched one differs.
         """
-        dims = tuple([None if path in stepper.shared else 0 for path in state] + [0] * 4)
+        dims = (*stepper.dims, *[0] * 4)
 
         def gradient(layers: Layers) -> Callable[..., Tree]:
             slope = stepper.slope(layers)
@@ -452,10 +457,9 @@ class Vectorised:
             remembers = memory is not None
             return up, memory if remembers else ()
 
-        dims = [None if path in stepper.shared else 0 for path in stepper.paths]
         downs = down if same else _stacked([task.down for task in tasks])
         with torch.no_grad():
-            ups, after = vmap(finish, in_dims=(None if same else 0, 0, *dims))(
+            ups, after = vmap(finish, in_dims=(None if same else 0, 0, *stepper.dims))(
                 downs, torch.tensor(steps), *(state[path] for path in stepper.paths)
             )
         return ups, after if remembers else None
