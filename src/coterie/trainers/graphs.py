@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from operator import getitem
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from coterie.trainers.native.ops import DIRECT, linear_step_
+
 aten = torch.ops.aten
+LINEAR_FORWARD = torch.ops.coterie.linear_forward.default
+LINEAR_BACKWARD = torch.ops.coterie.linear_backward.default
+VIEWS = (aten.view.default, aten.permute.default, aten.detach.default, aten.expand.default)
 
 
 def tidy(module: GraphModule) -> GraphModule:
-    """Drop what nobody uses, and compute once what is computed twice."""
+    """Drop what nobody uses or what changes nothing, and compute once what is computed twice."""
     graph, seen = module.graph, dict[Any, Node]()
+    for node in list(graph.nodes):
+        if _changes_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     graph.eliminate_dead_code()
     written = _written(graph)
     for node in list(graph.nodes):
@@ -25,6 +35,9 @@ def tidy(module: GraphModule) -> GraphModule:
             graph.erase_node(node)
         else:
             seen[key] = node
+    for node in list(graph.nodes):
+        _with_relu(node)
+    graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     return module
@@ -33,12 +46,11 @@ def tidy(module: GraphModule) -> GraphModule:
 def in_place(module: GraphModule, inputs: Collection[int]) -> GraphModule:
     """Let outputs of the form input + update overwrite that input, for the inputs with these numbers.
 
-    Gradient and step of a linear layer become one call: W += (-lr dz)^T h. The output is then that input.
+    Gradient and step of a linear layer become one call: W += -lr dz^T h. The output is then that input.
     """
     graph = module.graph
     placed = [node for node in graph.nodes if node.op == "placeholder"]
     output: Any = next(node for node in graph.nodes if node.op == "output")
-    order = {node: index for index, node in enumerate(graph.nodes)}
     for out in list(output.args[0]):
         if not (_calls(out, aten.add.Tensor) and out.args[0] in placed and not out.kwargs):
             continue
@@ -47,29 +59,79 @@ def in_place(module: GraphModule, inputs: Collection[int]) -> GraphModule:
             continue
         if any(user is not output for user in out.users) or _views_of(held) & set(output.args[0]):
             continue
-        after = max([user for user in held.users if user is not out] + [update], key=order.__getitem__)
-        with graph.inserting_after(after):
-            made = _fused(graph, held, update)
-        out.replace_all_uses_with(made)
+        out.replace_all_uses_with(_fused(graph, held, update, out))
         graph.erase_node(out)
-        order = {node: index for index, node in enumerate(graph.nodes)}
     graph.eliminate_dead_code()
     graph.lint()
+    for node in graph.nodes:
+        node.target = DIRECT.get(node.target, node.target)
     module.recompile()
     return module
 
 
-def _fused(graph: torch.fx.Graph, held: Any, update: Any) -> Node:
+def _with_relu(node: Any) -> None:
+    """Let linear layers do the ReLU behind them, and its gradient."""
+    if _calls(node, aten.relu.default):
+        (before,) = node.args
+        if _calls(before, LINEAR_FORWARD) and len(before.users) == 1:
+            before.args = (*before.args[:3], True)
+            node.replace_all_uses_with(before)
+    elif _calls(node, aten.threshold_backward.default):
+        slope, value, threshold = node.args
+        if _calls(slope, getitem) and len(slope.users) == 1 and threshold == 0:
+            whole = slope.args[0]
+            if _calls(whole, LINEAR_BACKWARD) and slope.args[1] == 0 and whole.args[1] is value:
+                whole.args = (*whole.args[:5], True)
+                node.replace_all_uses_with(slope)
+
+
+def _changes_nothing(node: Any) -> bool:
+    """Is it a view of its input as it is?"""
+    if not any(_calls(node, view) for view in VIEWS):
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    return bool(before.shape == after.shape and before.stride() == after.stride())
+
+
+def _fused(graph: torch.fx.Graph, held: Any, update: Any, out: Node) -> Any:
     """held += update; with update = factor * gradient in one call."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    others = [user for user in held.users if user is not out]
+    factor: Any = None
+    gradient: Any = None
     if _calls(update, aten.mul.Tensor) and all(isinstance(each, Node) for each in update.args):
         factor, gradient = update.args
+        if _calls(gradient, getitem) and len(gradient.users) == 1 and _narrow(factor, gradient):
+            whole = gradient.args[0]
+            last = all(order[user] <= order[whole] for user in others)
+            ours = _calls(whole, LINEAR_BACKWARD) and gradient.args[1] == 1 and whole.args[2] is held
+            if ours and last and _moved(factor, whole, order):
+                whole.target, whole.args = linear_step_, (*whole.args, factor)
+                return held
+    with graph.inserting_after(max([*others, update], key=order.__getitem__)):
+        if factor is None:
+            return graph.call_function(aten.add_.Tensor, (held, update))
         if _calls(gradient, aten.bmm.default) and len(gradient.users) == 1 and _narrow(factor, gradient):
             left, right = gradient.args
             scaled = graph.call_function(aten.mul.Tensor, (left, factor))
             with graph.inserting_after(scaled):
                 return graph.call_function(aten.baddbmm_.default, (held, scaled, right))
         return graph.call_function(aten.addcmul_.default, (held, gradient, factor))
-    return graph.call_function(aten.add_.Tensor, (held, update))
+
+
+def _moved(node: Node, target: Node, order: dict[Node, int]) -> bool:
+    """Move what a node is made from, and the node, before the target; False where it needs the target."""
+    ahead, found = [node], set[Node]()
+    while ahead:
+        each = ahead.pop()
+        if each is target:
+            return False
+        if each not in found and order[each] > order[target]:
+            found.add(each)
+            ahead += each.all_input_nodes
+    for each in sorted(found, key=order.__getitem__):
+        target.prepend(each)
+    return True
 
 
 def _narrow(factor: Any, gradient: Any) -> bool:

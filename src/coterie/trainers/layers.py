@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from coterie.trainers import native
+from coterie.trainers.native import ops
 from coterie.trainers.recurrent import Recurrence
 
 WIDE = 24  # input channels from which clients' convolutions are done one after the other
@@ -44,16 +46,16 @@ class Layers(TorchFunctionMode):
         self.seed: Tensor | None = None
         self.used: set[str] = set()
         self.draws = 0
-        self._relus: dict[int, tuple[Tensor, Tensor]] = {}
+        self._made: dict[int, tuple[Tensor, str, Any]] = {}  # results of ReLUs and convolutions
 
     def __enter__(self) -> Layers:
         self.draws = 0
-        self._relus.clear()
+        self._made.clear()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._relus.clear()
+        self._made.clear()
         super().__exit__(*error)
 
     def __torch_function__(
@@ -68,13 +70,17 @@ class Layers(TorchFunctionMode):
                 return made
         made = func(*args, **kwargs)
         if func is F.relu and not kwargs.get("inplace") and len(args) == 1:
-            self._relus[id(made)] = (made, args[0])  # the tensor is held, so its id is not given again
+            self.note(made, "relu", args[0])
         return made
 
-    def before_relu(self, x: Tensor) -> Tensor | None:
-        """What x is the ReLU of, if it is."""
-        found = self._relus.get(id(x))
-        return found[1] if found else None
+    def note(self, made: Tensor, how: str, of: Any) -> None:
+        """Remember how a tensor was made, until the layers are left."""
+        self._made[id(made)] = (made, how, of)  # it is held, so its id is not given again
+
+    def made(self, x: Tensor, how: str) -> Any:
+        """What x was made from in this way; None if it was not."""
+        _, found, of = self._made.get(id(x), (x, "", None))
+        return of if found == how else None
 
 
 def conv(
@@ -97,7 +103,10 @@ def conv(
             x.to(layers.precision), weight.to(layers.precision), _to(bias, layers.precision), *sizes, groups
         )
         return made.float()
-    return _Conv.apply(x, weight, bias, *sizes, groups)
+    made = _Conv.apply(x, weight, bias, *sizes, groups)
+    if n == 2 and groups == 1 and sizes[2] == [1, 1] and native.fits(x, weight):
+        layers.note(made, "conv", (x, weight, bias, *sizes[:2]))  # a pooling may want to do it instead
+    return made
 
 
 def linear(layers: Layers, x: Tensor, weight: Tensor, bias: Any = None) -> Any:
@@ -123,13 +132,19 @@ def max_pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """2-d max-pooling. A ReLU before it is moved behind it, where there is less to do."""
+    """2-d max-pooling. A ReLU before it is moved behind it, where there is less to do.
+
+    With the convolution before these it is one kernel; who pools wants no gradient but that of the maxima.
+    """
     if return_indices or x.dim() != 4:
         return NotImplemented
-    before = layers.before_relu(x)
-    kernel = _sizes(kernel_size, 2)
+    before, kernel = layers.made(x, "relu"), _sizes(kernel_size, 2)
     options = (kernel, _sizes(stride or kernel, 2), _sizes(padding, 2), _sizes(dilation, 2), ceil_mode)
-    pooled, _ = _MaxPool.apply(x if before is None else before, *options)
+    source = x if before is None else before
+    conv = layers.made(source, "conv")
+    if conv is not None and options[2:] == ([0, 0], [1, 1], False):
+        return _ConvPool.apply(*conv, *options[:2], before is not None)[0]
+    pooled, _ = _MaxPool.apply(source, *options)
     return pooled if before is None else torch.relu(pooled)
 
 
@@ -231,6 +246,24 @@ def gru(
     return y.transpose(0, 1) if batch_first else y, torch.stack(ends)
 
 
+def cross_entropy(
+    layers: Layers,
+    x: Tensor,
+    target: Tensor,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    """Losses of scores [B, classes, ...] against numbers of classes [B, ...]."""
+    plain = weight is None and reduction == "none" and not label_smoothing and x.dim() == target.dim() + 1 > 1
+    if not plain or not native.fits(x):
+        return NotImplemented
+    return _CrossEntropy.apply(x.movedim(1, -1), target, ignore_index)[0]
+
+
 TABLE: Table = {
     torch.conv1d: conv,
     torch.conv2d: conv,
@@ -243,6 +276,7 @@ TABLE: Table = {
     F.group_norm: group_norm,
     F.adaptive_avg_pool2d: pool_to_one,
     torch.gru: gru,
+    F.cross_entropy: cross_entropy,
 }
 DRAWS: Table = {F.dropout: dropout}  # all that the reference, plain torch, must share with them
 
@@ -380,6 +414,74 @@ def _last(w: Tensor) -> Tensor:
     return w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w
 
 
+class _ConvPool(Function):
+    """Convolution, max-pool and perhaps ReLU in one; and where the maxima were."""
+
+    @staticmethod
+    def forward(x, w, b, *options):
+        one = (x.unsqueeze(0), w.unsqueeze(0), None if b is None else b.unsqueeze(0))
+        y, at = ops.conv_pool_forward(*map(_pixels, one[:2]), one[2], *options)
+        return _planes(y).squeeze(0), at.squeeze(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, b, *ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], x, w)
+        ctx.bias = b is not None
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        needs_x = ctx.needs_input_grad[0]
+        dx, dw, db = _ConvPoolBack.apply(dy, *ctx.saved_tensors, needs_x, ctx.bias, *ctx.options)
+        return dx if needs_x else None, dw, db if ctx.bias else None, *[None] * len(ctx.options)
+
+    @staticmethod
+    def vmap(info, in_dims, x, w, b, *options):
+        x, w, b = (_front(each, dim, info.batch_size) for each, dim in zip((x, w, b), in_dims, strict=False))
+        y, at = ops.conv_pool_forward(_pixels(x), _pixels(w), b, *options)
+        return (_planes(y), at), (0, 0)
+
+
+class _ConvPoolBack(Function):
+    """dy, where the maxima were, x, w -> gradients of x, w and the bias; an empty tensor if not wanted."""
+
+    @staticmethod
+    def forward(dy, at, x, w, *options):
+        dx, dw, db = _conv_pool_back(*(each.unsqueeze(0) for each in (dy, at, x, w)), *options)
+        return dx.squeeze(0) if options[0] else dx, dw.squeeze(0), db.squeeze(0) if options[1] else db
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("second derivatives of a batched convolution")
+
+    @staticmethod
+    def vmap(info, in_dims, dy, at, x, w, needs_x, bias, *options):
+        n = info.batch_size
+        given = (_front(each, dim, n) for each, dim in zip((dy, at, x, w), in_dims, strict=False))
+        made = _conv_pool_back(*given, needs_x, bias, *options)
+        return made, (0 if needs_x else None, 0, 0 if bias else None)
+
+
+def _conv_pool_back(dy, at, x, w, needs_x, *options):
+    dx, dw, db = ops.conv_pool_backward(_pixels(dy), at, _pixels(x), _pixels(w), needs_x, *options)
+    return _planes(dx) if needs_x else dx, _planes(dw), db
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[..., channels, H, W] -> [..., H, W, channels]"""
+    return x.movedim(-3, -1)
+
+
+def _planes(x: Tensor) -> Tensor:
+    """[..., H, W, channels] -> [..., channels, H, W]"""
+    return x.movedim(-1, -3)
+
+
 class _Linear(Function):
     @staticmethod
     def forward(x, w, b):
@@ -402,6 +504,8 @@ class _Linear(Function):
     def vmap(info, in_dims, x, w, b):
         n = info.batch_size
         x, w, b = (_front(each, dim, n) for each, dim in zip((x, w, b), in_dims, strict=True))
+        if native.fits(x, w):
+            return ops.linear_forward(x, w, b, False), 0
         return torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT), 0
 
 
@@ -423,6 +527,9 @@ class _LinearBack(Function):
     def vmap(info, in_dims, dy, x, w, needs_x, bias):
         n, none = info.batch_size, dy.new_empty(0)
         dy, x, w = (_front(each, dim, n) for each, dim in zip((dy, x, w), in_dims, strict=False))
+        if native.fits(dy, x, w):
+            made = ops.linear_backward(dy, x, w, needs_x, bias, False)
+            return made, (0 if needs_x else None, 0, 0 if bias else None)
         made = torch.bmm(dy, w) if needs_x else none, torch.bmm(dy.mT, x), dy.sum(1) if bias else none
         return made, (0 if needs_x else None, 0, 0 if bias else None)
 
@@ -518,6 +625,48 @@ class _EmbeddingBack(Function):
         index = _own_rows(x, rows).flatten()
         made = dy.new_zeros(n * rows, dy.shape[-1]).index_add(0, index, dy.flatten(0, -2))
         return made.unflatten(0, (n, rows)), 0
+
+
+class _CrossEntropy(Function):
+    """Scores with the classes last -> losses, softmax."""
+
+    @staticmethod
+    def forward(x, y, ignored):
+        return ops.cross_entropy_forward(x, y, ignored)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], inputs[1])
+        ctx.ignored = inputs[2]
+
+    @staticmethod
+    def backward(ctx, dl, _):
+        return _CrossEntropyBack.apply(dl, *ctx.saved_tensors, ctx.ignored), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, y, ignored):
+        x, y = (_front(each, dim, info.batch_size) for each, dim in zip((x, y), in_dims, strict=False))
+        return ops.cross_entropy_forward(x, y, ignored), (0, 0)
+
+
+class _CrossEntropyBack(Function):
+    @staticmethod
+    def forward(dl, p, y, ignored):
+        return ops.cross_entropy_backward(dl, p, y, ignored)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("second derivatives of a batched cross-entropy")
+
+    @staticmethod
+    def vmap(info, in_dims, dl, p, y, ignored):
+        given = (_front(each, dim, info.batch_size) for each, dim in zip((dl, p, y), in_dims, strict=False))
+        return ops.cross_entropy_backward(*given, ignored), 0
 
 
 def _own_rows(x: Tensor, rows: int) -> Tensor:

@@ -1,0 +1,105 @@
+"""Kernels in C for what torch's operators do slowly when every client has weights of its own.
+
+The sources beside this file are compiled at first use by the machine's C compiler (`cc`, or what $CC names)
+for its own processor, kept in the user's cache folder, and loaded by ctypes. Without a compiler, or with
+COTERIE_NATIVE=0, torch's operators do the same work more slowly: `library()` is None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("coterie")
+HERE = Path(__file__).parent
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+SECONDS = 300  # that the compiler may take
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Can the kernels do it: is there a library, and is all of it float32 in this machine's memory?"""
+    return library() is not None and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Where a contiguous tensor's numbers are; None for none. Raises ValueError for one with gaps."""
+    if x is not None and not x.is_contiguous():
+        raise ValueError(f"a kernel needs a contiguous tensor, not strides {x.stride()} for {tuple(x.shape)}")
+    return None if x is None else x.data_ptr()
+
+
+@cache
+def library() -> Any:
+    """The kernels as a ctypes library, compiled if need be; None where that is impossible or not wanted."""
+    if os.environ.get("COTERIE_NATIVE") == "0":
+        return None
+    try:
+        path = _built()
+        return None if path is None else ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        log.warning("no kernels in C, torch's operators instead: %s", str(said).strip().splitlines()[-1])
+        return None
+
+
+def _built() -> Path | None:
+    """The compiled library, from the cache where it has been made before."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    sources = sorted(HERE.glob("*.[ch]"))
+    known = hashlib.sha256(repr((compiler, Path(compiler).stat().st_mtime_ns, FLAGS, _processor())).encode())
+    for source in sources:
+        known.update(source.read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coterie"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"kernels-{known.hexdigest()[:16]}.so"
+    if path.exists():
+        if path.stat().st_uid != os.getuid():
+            raise OSError(f"{path} belongs to somebody else: remove it, or set XDG_CACHE_HOME")
+        return path
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "kernels.so"
+        parts = [str(source) for source in sources if source.suffix == ".c"]
+        command = [compiler, *FLAGS, *parts, "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)  # noqa: S603  ours
+        made.replace(path)  # whole or not at all, whoever else is compiling
+    return path
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    lines = told.split("\n\n", 1)[0].splitlines()
+    return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU")))
+
+
+def call(name: str, *args: Tensor | int | None) -> int:
+    """Run a kernel. Tensors become pointers, whole numbers int64_t; None is NULL."""
+    return int(_kernel(name)(*map(_c, args)))
+
+
+@cache
+def _kernel(name: str) -> Any:
+    found = getattr(library(), name)
+    found.restype = ctypes.c_int64  # of those that return anything
+    return found
+
+
+def _c(value: Tensor | int | None) -> Any:
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_void_p(pointer(value))

@@ -1,0 +1,44 @@
+/* The sums of coterie.core.exact: products cut on two grids, to the same bits as there. */
+#include <math.h>
+
+#include "vec.h"
+
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off") /* a product is rounded before it is cut */
+#endif
+
+#define HI (1.5 * 0x1p52 * 0x1p-16)
+#define LO (1.5 * 0x1p52 * 0x1p-56)
+#define COLUMNS 1024 /* of all replies at a time: hi and lo of them stay in the first-level cache */
+
+/* hi, lo [size] += weights[i] * u[i] on the two grids, u [replies, size] */
+void exact_add(const float *u, const double *weights, double *hi, double *lo, int64_t replies, int64_t size) {
+    for (int64_t start = 0; start < size; start += COLUMNS) {
+        int64_t end = size - start < COLUMNS ? size : start + COLUMNS;
+        for (int64_t i = 0; i < replies; i++)
+            for (int64_t k = start; k < end; k++) {
+                double x = (double)u[i * size + k] * weights[i];
+                double cut = (x + HI) - HI;
+                hi[k] += cut;
+                lo[k] += ((x - cut) + LO) - LO;
+            }
+    }
+}
+
+/* largest [replies] = the largest |u[i]|, u [replies, size]; infinite where one is not a number. */
+void exact_largest(const float *u, double *largest, int64_t replies, int64_t size) {
+    for (int64_t i = 0; i < replies; i++, u += size) {
+        int32_t most = 0; /* without their signs, floats are in the order of their bits, NaN above infinity */
+        for (int64_t k = 0; k < size; k++) {
+            int32_t bits;
+            memcpy(&bits, u + k, 4);
+            bits &= 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        float x;
+        memcpy(&x, &most, 4);
+        largest[i] = x <= 3.4028235e38f ? x : INFINITY;
+    }
+}

@@ -1,0 +1,173 @@
+"""The kernels as torch operators on stacked clients; `trainers.layers` uses them, where `fits` says so."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# ruff: noqa: ARG001
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from coterie.trainers.native import call
+
+DIRECT: dict[Any, Callable[..., Any]] = {}  # operator -> the function itself, without torch's dispatcher
+
+
+def _operator(function: Callable[..., Any]) -> Any:
+    made = custom_op(f"coterie::{function.__name__}", mutates_args=())(function)
+    DIRECT[getattr(torch.ops.coterie, function.__name__).default] = function
+    return made
+
+
+@_operator
+def linear_forward(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
+    """x [C, B, in], w [C, out, in], b [C, out] -> x w^T + b [C, B, out], or its ReLU."""
+    x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
+    y = x.new_empty(*x.shape[:2], w.shape[1])
+    call("linear_forward", x, w, b, y, relu, *x.shape, w.shape[1])
+    return y
+
+
+@linear_forward.register_fake
+def _(x, w, b, relu):
+    return x.new_empty(*x.shape[:2], w.shape[1])
+
+
+@_operator
+def linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy [C, B, out] -> gradients of x, of w and of the bias; an empty tensor for one that is not wanted.
+
+    relu: x comes from a ReLU, and the gradient is of what went into that.
+    """
+    w = w.contiguous()
+    return _back(dy, x, w, torch.empty_like(w), None, needs_x, bias, relu)
+
+
+@linear_backward.register_fake
+def _(dy, x, w, needs_x, bias, relu):
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        w.new_empty(w.shape),
+        w.new_empty(w.shape[:2] if bias else 0),
+    )
+
+
+def linear_step_(
+    dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `linear_backward`, with w += factor * its gradient in place. factor: [C, 1, 1] or []."""
+    factor = factor.expand(len(w), *factor.shape[1:]).reshape(-1).contiguous()
+    return _back(dy, x, w, w, factor, needs_x, bias, relu)
+
+
+def _back(
+    dy: Tensor, x: Tensor, w: Tensor, dw: Tensor, factor: Tensor | None, needs_x: bool, bias: bool, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy, x = dy.contiguous(), x.contiguous()
+    dx, db = torch.empty_like(x) if needs_x else None, w.new_empty(w.shape[:2]) if bias else None
+    call("linear_backward", dy, x, w, dw, db, dx, factor, relu, *x.shape, w.shape[1])
+    none = x.new_empty(0)
+    return none if dx is None else dx, dw, none if db is None else db
+
+
+@_operator
+def cross_entropy_forward(z: Tensor, y: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """z [..., classes], y [...] -> losses [...], softmax [..., classes]. IndexError for a y of no class."""
+    z, y = z.contiguous(), y.contiguous()
+    losses, p = z.new_empty(y.shape), torch.empty_like(z)
+    if wrong := call("cross_entropy_forward", z, y, losses, p, ignored, y.numel(), z.shape[-1]):
+        raise IndexError(f"{wrong} targets are not among the {z.shape[-1]} classes")
+    return losses, p
+
+
+@cross_entropy_forward.register_fake
+def _(z, y, ignored):
+    return z.new_empty(y.shape), z.new_empty(z.shape)
+
+
+@_operator
+def cross_entropy_backward(dl: Tensor, p: Tensor, y: Tensor, ignored: int) -> Tensor:
+    """The gradient of z, from that of the losses."""
+    dz = torch.empty_like(p)
+    call("cross_entropy_backward", dl.contiguous(), p, y.contiguous(), dz, ignored, y.numel(), p.shape[-1])
+    return dz
+
+
+@cross_entropy_backward.register_fake
+def _(dl, p, y, ignored):
+    return p.new_empty(p.shape)
+
+
+@_operator
+def conv_pool_forward(
+    x: Tensor, w: Tensor, b: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    kernel: Sequence[int], pool_stride: Sequence[int], relu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Max-pool of the convolution of x [C, B, H, W, in] with w [C, out, kh, kw, in], b [C, out]; with ReLU?
+
+    Returns y [C, B, PH, PW, out] and, for the way back, where each maximum was.
+    """
+    x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
+    sizes = _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu)
+    y = x.new_empty(_pooled(x, w, stride, padding, kernel, pool_stride))
+    at = torch.empty_like(y, dtype=torch.int32)
+    call("conv_pool_forward", x, w, b, y, at, x.new_empty(call("conv_pool_scratch", *sizes)), *sizes)
+    return y, at
+
+
+@conv_pool_forward.register_fake
+def _(x, w, b, stride, padding, kernel, pool_stride, relu):
+    y = x.new_empty(_pooled(x, w, stride, padding, kernel, pool_stride))
+    return y, torch.empty_like(y, dtype=torch.int32)
+
+
+@_operator
+def conv_pool_backward(
+    dy: Tensor, at: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, stride: Sequence[int],
+    padding: Sequence[int], kernel: Sequence[int], pool_stride: Sequence[int], relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, of w and of the bias; an empty tensor for one that is not wanted."""
+    dy, x, w = dy.contiguous(), x.contiguous(), w.contiguous()
+    sizes = _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu)
+    dx, dw, db = _gradients(x, w, needs_x, bias)
+    scratch = x.new_empty(call("conv_pool_scratch", *sizes))
+    given = dx if needs_x else None, dw, db if bias else None, scratch
+    call("conv_pool_backward", dy, at, x, w, *given, *sizes)
+    return dx, dw, db
+
+
+@conv_pool_backward.register_fake
+def _(dy, at, x, w, needs_x, bias, stride, padding, kernel, pool_stride, relu):
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        w.new_empty(w.shape),
+        w.new_empty(w.shape[:2] if bias else 0),
+    )
+
+
+def _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu):
+    """What the kernels call clients, batch, H, W, in, out, kh, kw and so on."""
+    return *x.shape, w.shape[1], *w.shape[2:4], *stride, *padding, *kernel, *pool_stride, int(relu)
+
+
+def _pooled(x, w, stride, padding, kernel, pool_stride):
+    """The shape of what comes out."""
+    size = list(x.shape[2:4])
+    for i in range(2):
+        size[i] = (size[i] + 2 * padding[i] - w.shape[2 + i]) // stride[i] + 1
+        size[i] = (size[i] - kernel[i]) // pool_stride[i] + 1
+    return *x.shape[:2], *size, w.shape[1]
+
+
+def _gradients(x, w, needs_x, bias):
+    """Room for the gradients of x, w and the bias."""
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        w.new_empty(w.shape),
+        w.new_empty(w.shape[:2] if bias else 0),
+    )

@@ -1,0 +1,186 @@
+"""The kernels in C against float64, how they get into recorded graphs, and what happens without a compiler."""
+
+import logging
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from coterie.algorithms import Local, fedavg, fedprox, sgd
+from coterie.core import Task, derive, rng, trees
+from coterie.data import ClientData
+from coterie.trainers import Loop, Problem, Vectorised, native
+from coterie.trainers.native import ops
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler, so no kernels")
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def normal(*shape, seed=0):
+    return torch.from_numpy(rng(derive(3, "native", seed, *shape)).normal(size=shape)).float()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("clients", "rows", "inputs", "outputs"),
+    [
+        (1, 1, 1, 1),
+        (2, 3, 5, 2),
+        (3, 10, 784, 20),
+        (2, 11, 33, 17),
+        (2, 47, 16, 9),
+        (2, 48, 600, 33),
+        (1, 131, 8, 65),
+    ],
+)
+def test_linear_layers(clients, rows, inputs, outputs):
+    x, w, b, dy = (
+        normal(clients, rows, inputs),
+        normal(clients, outputs, inputs, seed=1) / inputs**0.5,
+        normal(clients, outputs, seed=2),
+        normal(clients, rows, outputs, seed=3) / outputs**0.5,
+    )
+    wide = x.double(), w.double(), b.double(), dy.double()
+    expected = wide[0] @ wide[1].mT + wide[2].unsqueeze(1)
+    torch.testing.assert_close(ops.linear_forward(x, w, b, False).double(), expected, **CLOSE)
+    torch.testing.assert_close(ops.linear_forward(x, w, b, True).double(), expected.relu(), **CLOSE)
+    no_bias = expected - wide[2].unsqueeze(1)
+    torch.testing.assert_close(ops.linear_forward(x, w, None, False).double(), no_bias, **CLOSE)
+
+    dx, dw, db = ops.linear_backward(dy, x, w, True, True, False)
+    expected_dx, expected_dw = wide[3] @ wide[1], wide[3].mT @ wide[0]
+    torch.testing.assert_close(dx.double(), expected_dx, **CLOSE)
+    torch.testing.assert_close(dw.double(), expected_dw, rtol=2e-5, atol=1e-4)
+    torch.testing.assert_close(db.double(), wide[3].sum(1), **CLOSE)
+    masked, _, none = ops.linear_backward(dy, x, w, True, False, True)
+    torch.testing.assert_close(masked.double(), expected_dx * (x > 0), **CLOSE)
+    assert none.numel() == 0
+
+    for factor in (torch.tensor(-0.1), torch.linspace(-0.1, -0.3, clients).view(-1, 1, 1)):
+        for needs_x in (True, False):
+            held = w.clone()
+            dx, same, _ = ops.linear_step_(dy, x, held, needs_x, True, False, factor)
+            assert same is held
+            torch.testing.assert_close(held.double(), wide[1] + factor.double() * expected_dw, **CLOSE)
+            if needs_x:  # of the weights as they were
+                torch.testing.assert_close(dx.double(), expected_dx, **CLOSE)
+
+
+@needs_compiler
+def test_what_is_not_a_number_stays_so():
+    x, w = normal(2, 4, 20), normal(2, 3, 20, seed=1)
+    x[0, 1, 7] = math.nan
+    for relu in (False, True):
+        bad = ops.linear_forward(x, w, None, relu).isnan()
+        assert bad[0, 1].all()
+        assert bad.sum() == 3
+    losses, _ = ops.cross_entropy_forward(
+        ops.linear_forward(x, w, None, False), torch.zeros(2, 4).long(), -100
+    )
+    assert losses.isnan().nonzero().tolist() == [[0, 1]]
+
+
+@needs_compiler
+@pytest.mark.parametrize("classes", [1, 2, 10, 16, 65])
+def test_cross_entropy(classes):
+    z, y = 5 * normal(3, 7, classes), torch.arange(21).view(3, 7) % classes
+    z[0, 0], z[0, 1] = 1e4, -1e4  # all the same, far away
+    z[0, 2, 0] = 200  # the others' probability is nothing
+    y[1, 1] = -100
+    wide = z.double().requires_grad_()
+    expected = F.cross_entropy(wide.movedim(-1, 1), y, reduction="none")
+    losses, p = ops.cross_entropy_forward(z, y, -100)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=2e-6)
+    dl = normal(3, 7, seed=1)
+    expected.backward(dl.double())
+    torch.testing.assert_close(
+        ops.cross_entropy_backward(dl, p, y, -100).double(), wide.grad, rtol=1e-5, atol=1e-6
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong", [10, -1])
+def test_a_target_of_no_class_is_refused(wrong):
+    y = torch.tensor([[1, wrong]])
+    with pytest.raises(IndexError, match="1 targets are not among the 10 classes"):
+        ops.cross_entropy_forward(normal(1, 2, 10), y, -100)
+
+
+@needs_compiler
+def test_a_kernel_is_not_given_a_tensor_with_gaps():
+    with pytest.raises(ValueError, match="contiguous"):
+        native.pointer(normal(4, 4).T)
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 3))
+
+
+def trained(problem, algorithm, people):
+    """Updates of the vectorised trainer and of the loop; and the recorded code."""
+    down, config = algorithm.broadcast(algorithm.init(problem.model())), algorithm.local(0)
+    tasks = [Task(i, str(i), 0, 0, down, config=config) for i in range(len(people))]
+    trainer, loop = Vectorised(problem, 1), Loop(problem, 1)
+    ((block, _),) = trainer.fit_block(algorithm, tasks, [None] * len(people), people)
+    alone = [loop.fit(algorithm, task, None, data)[0].up for task, data in zip(tasks, people, strict=True)]
+    code = [graph.code for stepper in trainer.steppers.values() for graph in stepper.graphs.values()]
+    return block.ups, trees.map_tree(lambda *leaves: torch.stack(leaves), *alone), "".join(code)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("algorithm", "steps"),
+    [
+        (fedavg(Local(lr=0.1, batch_size=4)), 3),
+        (fedavg(Local(lr=0.1, batch_size=4, optimizer=lambda lr: sgd(lr, momentum=0.9))), 0),
+        (fedavg(Local(lr=0.1, batch_size=4, optimizer=lambda lr: sgd(lr, weight_decay=0.1))), 0),
+        (fedprox(Local(lr=0.1, batch_size=4), mu=0.1), 0),
+    ],
+    ids=["sgd", "momentum", "decay", "prox"],
+)
+def test_a_linear_layer_steps_on_the_spot_only_where_nothing_is_added_to_its_gradient(algorithm, steps):
+    torch.manual_seed(5)
+    people = []
+    for i in range(3):
+        rows = normal(20, 6, seed=i), torch.arange(20) % 3
+        people.append(ClientData(rows, rows))
+    ours, its, code = trained(Problem(network()), algorithm, people)
+    for a, b in trees.rows(ours, its):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert code.count("linear_step_(") == steps
+    assert "linear_forward(" in code
+    assert "relu.default" not in code  # the layers do it
+    assert "threshold_backward" not in code
+
+
+def test_without_kernels_torch_does_the_work(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "coterie"):
+            monkeypatch.setenv("COTERIE_NATIVE", "0")
+            assert native.library() is None
+            assert not caplog.records
+            monkeypatch.delenv("COTERIE_NATIVE")
+            native.library.cache_clear()
+            monkeypatch.setenv("CC", "no-such-compiler")
+            assert native.library() is None
+            assert not caplog.records
+            native.library.cache_clear()
+            monkeypatch.setenv("CC", "false")  # a compiler that fails
+            assert native.library() is None
+        assert "no kernels in C, torch's operators instead" in caplog.text
+        assert list((tmp_path / "coterie").iterdir()) == []  # nothing half-made
+        assert not native.fits(torch.ones(1))
+        people = [
+            ClientData((normal(20, 6), torch.arange(20) % 3), (normal(2, 6), torch.zeros(2).long()))
+        ] * 2
+        ours, its, code = trained(Problem(network()), fedavg(Local(lr=0.1, batch_size=4)), people)
+        assert "linear_forward(" not in code
+        for a, b in trees.rows(ours, its):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
