@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.core import exact, trees
+from coterie.core import derive, exact, native, rng, trees
 from coterie.core.errors import NonFinite, OutOfRange, RunError
 
 
@@ -182,3 +182,26 @@ def test_updates_are_not_aliased():
     acc = exact.add(None, up, 1.0)
     up.fill_(7)
     assert exact.mean(acc)[0].tolist() == [1.0] * 4
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler, so no kernels")
+@pytest.mark.parametrize("replies", [1, 2, 37])
+def test_the_kernel_makes_the_bits_of_the_plain_sums(replies, monkeypatch):
+    draw = rng(derive(4, "kernel", replies))
+    for size in (1, 15, 1024, 2050):
+        ups = torch.from_numpy(
+            draw.normal(size=(replies, size)) * 10.0 ** draw.uniform(-9, 6, size=size)
+        ).float()
+        weights = (10.0 ** draw.uniform(-3, 2, size=replies)).tolist()
+        made = exact.add(exact.add(None, {"a": ups}, weights), {"a": ups.flip(0)}, weights)
+        largest = trees.largest(ups)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "fits", lambda *_: False)
+            plain = exact.add(exact.add(None, {"a": ups}, weights), {"a": ups.flip(0)}, weights)
+            assert torch.equal(largest, trees.largest(ups))
+        for limb in ("hi", "lo"):
+            assert torch.equal(made[limb]["a"], plain[limb]["a"])
+    for bad in (math.nan, math.inf, -math.inf):
+        ups[-1, 7] = bad
+        assert not math.isfinite(trees.largest(ups)[-1])
+        assert torch.isfinite(trees.largest(ups)[:-1]).all()

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from coterie.algorithms import Local, fedavg, fedprox, sgd
-from coterie.core import Task, derive, rng, trees
+from coterie.core import Task, derive, native, rng, trees
 from coterie.data import ClientData
-from coterie.trainers import Loop, Problem, Vectorised, native
-from coterie.trainers.native import ops
+from coterie.trainers import Loop, Problem, Vectorised, ops
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler, so no kernels")
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}

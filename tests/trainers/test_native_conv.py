@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from coterie.trainers.native import call
+from coterie.core.native import call
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CC", "cc")) is None or os.environ.get("COTERIE_NATIVE") == "0",

@@ -1,7 +1,8 @@
 """The core: types, tree maths, exact sums, seeds, and the loop that runs a plan. Knows torch, nothing else.
 
 Read `types` first; it is the architecture. Then `gather` (how replies are folded), `exact` (why their
-order does not matter), `drive` (how a plan meets a backend) and `seeds` (why a run repeats).
+order does not matter), `drive` (how a plan meets a backend) and `seeds` (why a run repeats). `native` holds
+the kernels in C.
 Algorithms, schedules, data and I/O do not live here.
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from coterie.trainers.native.ops import DIRECT, linear_step_
+from coterie.trainers.ops import DIRECT, linear_step_
 
 aten = torch.ops.aten
 LINEAR_FORWARD = torch.ops.coterie.linear_forward.default

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from coterie.trainers import native
-from coterie.trainers.native import ops
-from coterie.trainers.recurrent import Recurrence
+from coterie.core import native
+from coterie.trainers import ops
+from coterie.trainers.recurrent import Gru
 
 WIDE = 24  # input channels from which clients' convolutions are done one after the other
 aten = torch.ops.aten
@@ -33,8 +33,8 @@ Function = torch.autograd.Function
 class Layers(TorchFunctionMode):
     """Replaces slow functions while it is entered. `mask` [B] and `seed` (0-d) are of the client at work.
 
-    table: what replaces which function. precision: the type in which convolutions, linear and recurrent
-    layers multiply (None: their own).
+    table: what replaces which function. precision: the type in which convolutions and linear layers
+    multiply (None: their own).
     used: the names of functions replaced so far.
     """
 
@@ -241,7 +241,7 @@ def gru(
     y, ends = x.transpose(0, 1) if batch_first else x, []
     for layer in range(depth):
         w_ih, w_hh, b_ih, b_hh = weights[4 * layer : 4 * layer + 4]
-        y, _ = Recurrence.apply(linear(layers, y, w_ih, b_ih), h[layer], w_hh, b_hh)
+        y, _ = Gru.apply(y, h[layer], w_ih, w_hh, b_ih, b_hh)
         ends.append(y[-1])
     return y.transpose(0, 1) if batch_first else y, torch.stack(ends)
 

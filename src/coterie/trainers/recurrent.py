@@ -1,112 +1,132 @@
-"""The recurrence of a GRU for many clients at once; `layers` hands nn.GRU to it.
+"""A GRU layer for many clients at once; `layers` hands nn.GRU to it.
 
-h_t = n_t + z_t (h_{t-1} - n_t) with r, z = sigmoid(a + b), n = tanh(a_n + r b_n), where a = W_ih x + b_ih is
-given for all steps and b = W_hh h + b_hh is made here (Cho et al. 2014, arXiv:1406.1078, in the form of
-torch.nn.GRU). The gradient of W_hh is one matrix product over all steps, after the way back through time.
+h_t = n_t + z_t (h_{t-1} - n_t) with r, z = sigmoid(a + b), n = tanh(a_n + r b_n), a = W x_t + b_ih and
+b = U h_{t-1} + b_hh (Cho et al. 2014, arXiv:1406.1078, in the form of torch.nn.GRU). Done by native/gru.c
+where it can be, else by torch, step by step. Sequences are [C, T, B, ...]; in memory the batch may come
+before time, and what is made of a sequence has its order.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-# ruff: noqa: ARG001, D102, RUF059
+# ruff: noqa: ARG001, D102
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.library import custom_op, register_fake
 
+from coterie.core import native
+
 
 @custom_op("coterie::gru_forward", mutates_args=())
-def gru_forward(a: Tensor, h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a [T, C, B, 3H], h [C, B, H], w [C, 3H, H], b [C, 3H] -> h_t [T, C, B, H], r z n b_n [T, C, B, 4H]."""
-    steps, clients, rows, _ = a.shape
-    size = h.shape[-1]
-    hidden, gates = a.new_empty(steps, clients, rows, size), a.new_empty(steps, clients, rows, 4 * size)
-    wt, bias = w.mT, b.unsqueeze(1)
+def gru_forward(
+    x: Tensor, h: Tensor, w: Tensor, u: Tensor, w_bias: Tensor, u_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x [C, T, B, in], h [C, B, H], w [C, 3H, in], u [C, 3H, H], biases [C, 3H].
+
+    Returns h_t [C, T, B, H] and, for the way back, r z n b_n [C, T, B, 4H].
+    """
+    (clients, steps, rows, _), size = x.shape, h.shape[-1]
+    hidden, gates = _empty(x, size), x.new_empty(clients, steps, rows, 4 * size)
+    if native.fits(x, h, w, u, w_bias, u_bias):
+        rest = (each.contiguous() for each in (h, w, u, w_bias, u_bias))
+        native.call("gru_forward", _dense(x), *rest, _dense(hidden), gates, *_room(x, size))
+        return hidden, gates
+    a = torch.baddbmm(w_bias.unsqueeze(1), x.flatten(1, 2), w.mT).view(clients, steps, rows, 3 * size)
     for t in range(steps):
-        made, (r, z, n, bn) = torch.baddbmm(bias, h, wt), gates[t].split(size, -1)
-        rz = gates[t][..., : 2 * size]
-        torch.add(made[..., : 2 * size], a[t][..., : 2 * size], out=rz)
+        made, (r, z, n, bn) = torch.baddbmm(u_bias.unsqueeze(1), h, u.mT), gates[:, t].split(size, -1)
+        rz = gates[:, t, :, : 2 * size]
+        torch.add(made[..., : 2 * size], a[:, t, :, : 2 * size], out=rz)
         rz.sigmoid_()
         bn.copy_(made[..., 2 * size :])
-        torch.addcmul(a[t][..., 2 * size :], r, bn, out=n)
+        torch.addcmul(a[:, t, :, 2 * size :], r, bn, out=n)
         n.tanh_()
-        torch.lerp(n, h, z, out=hidden[t])
-        h = hidden[t]
+        h = torch.lerp(n, h, z)
+        hidden[:, t] = h
     return hidden, gates
 
 
 @register_fake("coterie::gru_forward")
-def _(a, h, w, b):
-    return a.new_empty(*a.shape[:-1], h.shape[-1]), a.new_empty(*a.shape[:-1], 4 * h.shape[-1])
+def _(x, h, w, u, w_bias, u_bias):
+    return _empty(x, h.shape[-1]), x.new_empty(*x.shape[:-1], 4 * h.shape[-1])
 
 
 @custom_op("coterie::gru_backward", mutates_args=())
 def gru_backward(
-    dhidden: Tensor, hidden: Tensor, gates: Tensor, h: Tensor, w: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of a [T, C, B, 3H], of the first h [C, B, H], of w [C, 3H, H] and of b [C, 3H]."""
-    steps, clients, rows, size = dhidden.shape
-    da = dhidden.new_empty(steps, clients, rows, 3 * size)
-    db = torch.empty_like(da)  # of W_hh h + b_hh: as da, but the last third times r
+    dhidden: Tensor, hidden: Tensor, gates: Tensor, x: Tensor, h: Tensor, w: Tensor, u: Tensor, needs_x: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (or an empty tensor), h, w, u and the biases."""
+    clients, steps, rows, size = hidden.shape
+    dh, dw, du, dw_bias, du_bias = (each.new_empty(each.shape) for each in (h, w, u, u[..., 0], u[..., 0]))
+    if native.fits(dhidden, hidden, gates, x, h, w, u):
+        dx = _empty(x, x.shape[-1]) if needs_x else None
+        given = (_dense(_like(dhidden, x)), _dense(_like(hidden, x)), gates.contiguous(), _dense(x))
+        rest = (each.contiguous() for each in (h, w, u))
+        into = None if dx is None else _dense(dx)
+        made = (dh, dw, du, dw_bias, du_bias)
+        native.call("gru_backward", *given, *rest, into, *made, *_room(x, size))
+        return x.new_empty(0) if dx is None else dx, dh, dw, du, dw_bias, du_bias
+    da, db = x.new_empty(2, clients, steps, rows, 3 * size)  # db: of b; as da, but the last third times r
     dh = torch.zeros_like(h)
-    before = torch.cat([h.unsqueeze(0), hidden[:-1]])
+    before = torch.cat([h.unsqueeze(1), hidden[:, :-1]], 1)
     r, z, n, bn = gates.split(size, -1)
     # what does not depend on the way back, for all steps at once
     to_n = (1 - z).mul_(1 - n * n)
     to_z = (before - n).mul_(z).mul_(1 - z)
     to_r = (1 - r).mul_(r).mul_(bn)
     for t in range(steps - 1, -1, -1):
-        dh = dh + dhidden[t]
-        dr, dz, dn = da[t].split(size, -1)
-        torch.mul(dh, to_n[t], out=dn)
-        torch.mul(dh, to_z[t], out=dz)
-        torch.mul(dn, to_r[t], out=dr)
-        db[t].copy_(da[t])
-        db[t][..., 2 * size :].mul_(r[t])
-        dh = torch.baddbmm(dh.mul_(z[t]), db[t], w)
-    flat = db.transpose(0, 1).reshape(clients, steps * rows, 3 * size)
-    dw = torch.bmm(flat.mT, before.transpose(0, 1).reshape(clients, steps * rows, size))
-    return da, dh, dw, flat.sum(1)
+        dh = dh + dhidden[:, t]
+        dr, dz, dn = da[:, t].split(size, -1)
+        torch.mul(dh, to_n[:, t], out=dn)
+        torch.mul(dh, to_z[:, t], out=dz)
+        torch.mul(dn, to_r[:, t], out=dr)
+        db[:, t] = da[:, t]
+        db[:, t, :, 2 * size :] *= r[:, t]
+        dh = torch.baddbmm(dh.mul_(z[:, t]), db[:, t], u)
+    da, db, flat = da.flatten(1, 2), db.flatten(1, 2), x.flatten(1, 2)
+    dx = _like(torch.bmm(da, w).view(x.shape), x) if needs_x else x.new_empty(0)
+    return dx, dh, torch.bmm(da.mT, flat), torch.bmm(db.mT, before.flatten(1, 2)), da.sum(1), db.sum(1)
 
 
 @register_fake("coterie::gru_backward")
-def _(dhidden, hidden, gates, h, w):
-    a = dhidden.new_empty(*dhidden.shape[:-1], 3 * h.shape[-1])
-    return a, torch.empty_like(h), torch.empty_like(w), w.new_empty(w.shape[:2])
+def _(dhidden, hidden, gates, x, h, w, u, needs_x):
+    made = (each.new_empty(each.shape) for each in (h, w, u, u[..., 0], u[..., 0]))
+    return _empty(x, x.shape[-1]) if needs_x else x.new_empty(0), *made
 
 
-class Recurrence(torch.autograd.Function):
-    """a [T, B, 3H], h [B, H], w [3H, H], b [3H] -> h_t [T, B, H], and the gates; batched under vmap."""
+class Gru(torch.autograd.Function):
+    """A layer of one client: x [T, B, in] and the other arguments of `gru_forward` -> its results.
+
+    Batched over clients under vmap.
+    """
 
     @staticmethod
-    def forward(a, h, w, b):
-        hidden, gates = gru_forward(a.unsqueeze(1), h.unsqueeze(0), w.unsqueeze(0), b.unsqueeze(0))
-        return hidden.squeeze(1), gates.squeeze(1)
+    def forward(*given):
+        return tuple(made[0] for made in gru_forward(*(each.unsqueeze(0) for each in given)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        a, h, w, b = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*output, h, w)
+        ctx.save_for_backward(*output, *inputs[:4])
 
     @staticmethod
     def backward(ctx, dhidden, _):
-        return RecurrenceBack.apply(dhidden, *ctx.saved_tensors)
+        needs_x = ctx.needs_input_grad[0]
+        dx, *rest = GruBack.apply(dhidden, *ctx.saved_tensors, needs_x)
+        return dx if needs_x else None, *rest
 
     @staticmethod
-    def vmap(info, in_dims, a, h, w, b):
-        a, h, w, b = _laid_out(info, in_dims, (1, 0, 0, 0), (a, h, w, b))
-        return gru_forward(a, h, w, b), (1, 1)
+    def vmap(info, in_dims, *given):
+        return gru_forward(*_in_front(info, in_dims, given)), (0, 0)
 
 
-class RecurrenceBack(torch.autograd.Function):
+class GruBack(torch.autograd.Function):
     """The way back through time."""
 
     @staticmethod
-    def forward(dhidden, hidden, gates, h, w):
-        sequences = [each.unsqueeze(1) for each in (dhidden, hidden, gates)]
-        given = (*sequences, h.unsqueeze(0), w.unsqueeze(0))
-        da, *rest = gru_backward(*given)
-        return (da.squeeze(1), *(each.squeeze(0) for each in rest))
+    def forward(*given):
+        *tensors, needs_x = given
+        made = gru_backward(*(each.unsqueeze(0) for each in tensors), needs_x)
+        return made[0][0] if needs_x else made[0], *(each[0] for each in made[1:])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -118,13 +138,44 @@ class RecurrenceBack(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *given):
-        return gru_backward(*_laid_out(info, in_dims, (1, 1, 1, 0, 0), given)), (1, 0, 0, 0)
+        *tensors, needs_x = given
+        made = gru_backward(*_in_front(info, in_dims, tensors), needs_x)
+        return made, (0 if needs_x else None, 0, 0, 0, 0, 0)
 
 
-def _laid_out(info, in_dims, wanted, given):
-    """Each tensor with the clients where they are wanted, contiguous."""
+def _in_front(info, in_dims, given):
+    """Each tensor with the clients first."""
     return [
-        (each.unsqueeze(to).expand(*each.shape[:to], info.batch_size, *each.shape[to:]) if dim is None
-         else each.movedim(dim, to)).contiguous()
-        for each, dim, to in zip(given, in_dims, wanted, strict=True)
-    ]  # fmt: skip
+        each.expand(info.batch_size, *each.shape) if dim is None else each.movedim(dim, 0)
+        for each, dim in zip(given, in_dims, strict=False)
+    ]
+
+
+def _batch_first(x: Tensor) -> bool:
+    return x.stride(1) < x.stride(2)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A sequence as it lies in memory, without gaps: [C, B, T, ...] or [C, T, B, ...]."""
+    return (x.transpose(1, 2) if _batch_first(x) else x).contiguous()
+
+
+def _empty(like: Tensor, size: int) -> Tensor:
+    """[C, T, B, size], in the order of `like`."""
+    clients, steps, rows, _ = like.shape
+    if _batch_first(like):
+        return like.new_empty(clients, rows, steps, size).transpose(1, 2)
+    return like.new_empty(clients, steps, rows, size)
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """x in the order of another sequence."""
+    return x if _batch_first(x) == _batch_first(other) else _empty(other, x.shape[-1]).copy_(x)
+
+
+def _room(x: Tensor, size: int) -> tuple[Tensor, int, int, int, int, int, int, int]:
+    """Scratch memory; the sizes; how many rows lie between two steps, and between two of the batch."""
+    clients, steps, rows, inputs = x.shape
+    padded, both = (-(-size // 32) * 32), (-(-size // 32) - (-inputs // 32)) * 32
+    order = (1, steps) if _batch_first(x) else (rows, 1)
+    return x.new_empty(6 * both * (padded + rows + 80)), clients, steps, rows, inputs, size, *order

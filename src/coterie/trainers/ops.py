@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from coterie.trainers.native import call
+from coterie.core.native import call
 
 DIRECT: dict[Any, Callable[..., Any]] = {}  # operator -> the function itself, without torch's dispatcher
 
