@@ -124,7 +124,7 @@ def trained(problem, algorithm, people):
     trainer, loop = Vectorised(problem, 1), Loop(problem, 1)
     ((block, _),) = trainer.fit_block(algorithm, tasks, [None] * len(people), people)
     alone = [loop.fit(algorithm, task, None, data)[0].up for task, data in zip(tasks, people, strict=True)]
-    code = [graph.code for stepper in trainer.steppers.values() for graph in stepper.graphs.values()]
+    code = [graph.__self__.code for stepper in trainer.steppers.values() for graph in stepper.graphs.values()]
     return block.ups, trees.map_tree(lambda *leaves: torch.stack(leaves), *alone), "".join(code)
 
 

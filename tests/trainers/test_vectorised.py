@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from coterie import models
@@ -41,7 +43,7 @@ from coterie.data.idx import read_idx
 from coterie.data.partitions import dirichlet
 from coterie.data.types import Examples
 from coterie.storage import Memories
-from coterie.trainers import Loop, Problem, Vectorised
+from coterie.trainers import Loop, Problem, Vectorised, vectorised
 from worlds import KEY
 
 SEED = 23
@@ -1114,7 +1116,56 @@ def mnist_sizes(real_data):
 
 @pytest.mark.parametrize("batch_size", [10, 32])
 @pytest.mark.parametrize("cohort", [20, 50])
-def test_padding_wastes_less_than_a_tenth(batch_size, cohort, mnist_sizes):
+def test_padding_wastes_less_than_a_tenth(batch_size, cohort, mnist_sizes, monkeypatch):
+    """Where computing is what costs."""
+    monkeypatch.setattr(vectorised, "LARGE", 0)
+    computed, asked, _ = _padded(batch_size, cohort, mnist_sizes)
+    assert computed < 1.1 * asked
+
+
+@pytest.mark.parametrize("cohort", [20, 50])
+def test_a_small_model_pads_rather_than_takes_steps_that_are_not_recorded(cohort, mnist_sizes, monkeypatch):
+    made = []
+    run = Vectorised._runner
+
+    def runner(self, *args, recorded):
+        made.append(recorded)
+        return run(self, *args, recorded=recorded)
+
+    monkeypatch.setattr(Vectorised, "_runner", runner)
+    computed, asked, graphs = _padded(10, cohort, mnist_sizes)
+    assert all(made)
+    assert graphs <= 5 * cohort / 20  # 32, 16, 8, 4, 2 clients, and as many as a block has
+    assert computed < 1.5 * asked
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=30), min_size=2, max_size=20),
+    few=st.booleans(),
+    narrow=st.booleans(),
+)
+def test_shapes_of_steps_hold_what_is_to_be_done(lengths, few, narrow):
+    lengths.sort(key=len, reverse=True)
+    columns = [[each[step] for each in lengths if step < len(each)] for step in range(len(lengths[0]))]
+    working, sizes = [len(column) for column in columns], [max(column) for column in columns]
+    shapes = vectorised._shapes(working, sizes, few=few, narrow=narrow)
+    least = [(max(active, 2), size) for active, size in zip(working, sizes, strict=True)]
+    assert len(shapes) == len(columns)
+    for shape, needed in zip(shapes, least, strict=True):
+        assert shape[0] >= needed[0]
+        assert shape[1] >= needed[1]
+    widths = [width for width, _ in shapes]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] == len(lengths)
+    if few:
+        assert len(set(shapes)) <= 6
+    else:
+        area, bound = (sum(width * size for width, size in each) for each in (shapes, least))
+        assert area <= bound * (1 + 1 / vectorised.PADDED)
+
+
+def _padded(batch_size, cohort, mnist_sizes):
+    """Rows computed, rows asked for and graphs recorded, when a cohort of these clients trains."""
     problem, algorithm = Problem(nn.Linear(1, 2)), fedavg(Local(lr=0.1, batch_size=batch_size))
     people = {}
     for index, n in enumerate(mnist_sizes):
@@ -1129,4 +1180,4 @@ def test_padding_wastes_less_than_a_tenth(batch_size, cohort, mnist_sizes):
     computed, asked = trainer.rows
     assert asked == sum(mnist_sizes[i] for i in chosen)
     print(f"B = {batch_size}, cohort of {cohort}: padding wastes {computed / asked - 1:.1%}")
-    assert computed < 1.1 * asked
+    return computed, asked, sum(len(stepper.graphs) for stepper in trainer.steppers.values())

@@ -27,6 +27,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
         table.add_row(name, found[name])
     table.add_row("cpu", f"{found['cpus']} cores; torch uses {found['threads']} threads")
     table.add_row("devices", ", ".join(found["devices"]))
+    table.add_row("kernels", found["kernels"] or "none (no C compiler): torch does their work, more slowly")
     table.add_row(
         "packages", ", ".join(f"{name} {version or 'missing'}" for name, version in found["packages"].items())
     )
@@ -42,6 +43,7 @@ def facts() -> dict[str, Any]:
     """What `doctor` shows, as JSON values. data: {folder: its subfolders, or None where it is missing}."""
     import torch  # noqa: PLC0415
 
+    from coterie.core.native import library  # noqa: PLC0415
     from coterie.experiment.config import data_folders  # noqa: PLC0415
 
     packages, extras = _requirements()
@@ -56,6 +58,7 @@ def facts() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": devices,
+        "kernels": library() and "in C, compiled for this processor",
         "extras": {
             extra: {"found": all(map(_version, names)), "install": f"pip install 'coterie[{extra}]'"}
             for extra, names in extras.items()

@@ -105,7 +105,7 @@ def extent(leaf: Tensor) -> tuple[float, float]:
 
 
 def largest(leaf: Tensor) -> Tensor:
-    """The largest magnitude in each row of a stacked leaf [n, ...]: float64 [n] on the CPU; NaN or inf for NaN."""
+    """The largest magnitude in each row of a stacked leaf [n, ...]: float64 [n]; for NaN no finite number."""
     flat = leaf.detach().reshape(len(leaf), -1)
     if native.fits(flat):
         found = torch.empty(len(flat), dtype=torch.float64)

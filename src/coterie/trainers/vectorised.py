@@ -19,17 +19,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import mul
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from coterie.core import trees
 from coterie.core.errors import RunError
@@ -43,8 +43,14 @@ from coterie.trainers.loop import Loop, count_of, rows_of, task_key, weight_of
 from coterie.trainers.problem import Problem
 
 log = logging.getLogger("coterie")
+Shape = tuple[int, int]  # of a step: how many clients are computed, and how many rows in a batch
+SMALL = 100_000  # bytes of parameters below which an operation costs less than starting it
+LARGE = 1_000_000  # bytes of parameters from which padding costs more than a step without a graph
+PADDED = 32  # such a model pads a row in so many at most
 RECORD_FROM = 3  # steps of one shape in a block that are worth a graph
+NARROW_FROM = 8  # steps of fewer clients that are worth a graph of their own
 AGREES = 1e-3  # relative difference of a gradient from the loop's
+GATHERED = 8_000_000  # bytes of batches that are put together at once
 GOLDEN = 0x1E3779B97F4A7C15  # seeds of successive steps lie this far apart
 
 
@@ -53,7 +59,8 @@ class Stepper:
     """The step of one algorithm over its flat state: params, the optimiser's slots and carry, by path.
 
     shared: leaves without a dimension for the clients; moving: leaves that a step replaces. fresh: leaves
-    that the first step adds, as zeros of one client. graphs: what runs a step, by the shapes of a batch.
+    that the first step adds, as zeros of one client. draws: does it draw from the clients' seeds? graphs:
+    what runs a step, by the shapes of a batch. ends: what finishes a block, likewise; None: not worth it yet.
     """
 
     step: Callable[..., Tree]
@@ -63,7 +70,9 @@ class Stepper:
     shared: set[str]
     moving: list[str]
     fresh: dict[str, Tensor]
+    draws: bool
     graphs: dict[Any, Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
+    ends: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def dims(self) -> list[int | None]:
@@ -90,7 +99,9 @@ class Vectorised:
         precision: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         self.problem, self.seed = problem, seed
-        self.width = _width(problem) if block == "auto" else max(block, 2)
+        nbytes = max(trees.nbytes(problem.model()["params"]), 1)
+        self.few = nbytes < LARGE  # few shapes of steps, at the price of padding
+        self.width = _width(nbytes) if block == "auto" else max(block, 2)
         self.least = problem.least_rows  # that a client in a block has
         self.compile, self.precision = compile, precision
         self.layers = Layers(torch.bfloat16 if precision == "bfloat16" else None)
@@ -287,7 +298,7 @@ class Vectorised:
             made, after = _flat(vmap(watched, in_dims=tuple(dims), randomness="different")(*two, *batch))
         shared = {path for path in made if path not in moving and path not in batched}
         fresh = {path: torch.zeros_like(leaf[0]) for path, leaf in made.items() if path not in leaves}
-        return Stepper(step, slope, after, list(made), shared, list(moving), fresh)
+        return Stepper(step, slope, after, list(made), shared, list(moving), fresh, self.layers.draws > 0)
 
     def _step(
         self, algorithm: Algorithm
@@ -329,44 +340,45 @@ class Vectorised:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """All local steps of a block, the busiest clients first. Returns the state and the summed losses."""
         begun, clients = state, len(drawn)
-        x, y, index, mask = _laid_out(datas, drawn)
-        lengths = mask.sum(2).astype(np.int64)  # [steps, clients]
-        at, masks, seen = torch.from_numpy(index), torch.from_numpy(mask), torch.from_numpy(lengths).double()
-        seeds = torch.tensor([int.from_bytes(derive(key, "dropout")[:8], "little") >> 1 for key in keys])
-        losses = torch.zeros(clients, dtype=torch.float64)
-        full = int(lengths[0].max())
-        shapes = [  # of each step: clients at work, clients computed, rows in a batch
-            (active, max(active, 2), size)
-            for active, size in zip((lengths > 0).sum(1).tolist(), lengths.max(1).tolist(), strict=True)
-        ]
-        often = Counter(shape[1:] for shape in shapes)
+        x, y, index, mask, lengths = _laid_out(datas, drawn)
+        seeds = torch.tensor([_seed(key) if stepper.draws else 0 for key in keys])
+        losses, seen = torch.zeros(clients, dtype=torch.float64), lengths.double()
+        working = (lengths > 0).sum(1).tolist()  # clients, in each step
+        shapes = _shapes(working, lengths.amax(1).tolist(), few=self.few, narrow=not self.compile)
+        worth = _recorded(shapes, few=self.few, narrow=not self.compile)
         done: list[dict[str, Tensor]] = []
-        working = held = clients
-        for number, (active, width, size) in enumerate(shapes):
-            if active < working:  # some have taken their last step
-                done.append({path: state[path][active:working].clone() for path in stepper.moving})
-                working = active
-            if width < held:
-                shared = stepper.shared
-                state = {path: leaf if path in shared else leaf[:width] for path, leaf in state.items()}
-                held = width
-            rows = at[number, :width, :size].reshape(-1)
-            batch = (
-                x.index_select(0, rows).view(width, size, *x.shape[1:]),
-                y.index_select(0, rows).view(width, size, *y.shape[1:]),
-                masks[number, :width, :size].contiguous(),
-                seeds[:width] + number * GOLDEN % 2**63,
+        left = held = clients  # who has steps to take, and who is computed
+        for first, last, (width, size) in _stretches(shapes, x[0].nbytes + y[0].nbytes):
+            rows = index[first:last, :width, :size].reshape(-1)
+            inputs, targets = (
+                part.index_select(0, rows).view(-1, width, size, *part.shape[1:]) for part in (x, y)
             )
-            worth = (width, size) == (clients, full) and often[width, size] >= RECORD_FROM
-            made = self._runner(stepper, state, batch, recorded=worth)(*state.values(), *batch)
-            if check:
-                self._compare(stepper, state, batch)
-            state |= zip(stepper.moving, made, strict=True)
-            losses[:active] += state[LOSS][:active] * seen[number, :active]
-        self.rows[0] += sum(width * size for _, width, size in shapes)
+            later = torch.tensor([number * GOLDEN % 2**63 for number in range(first, last)])
+            masks = mask[first:last, :width, :size].contiguous()
+            batches = zip(inputs, targets, masks, later[:, None] + seeds[:width], strict=True)
+            means = []
+            for number, batch in enumerate(batches, first):
+                active = working[number]
+                if active < left:  # some have taken their last step
+                    done.append({path: state[path][active:left].clone() for path in stepper.moving})
+                    left = active
+                if width < held:
+                    shared = stepper.shared
+                    state = {path: leaf if path in shared else leaf[:width] for path, leaf in state.items()}
+                    held = width
+                if number == first:
+                    take = self._runner(stepper, state, batch, recorded=(width, size) in worth)
+                made = take(*state.values(), *batch)
+                if check:
+                    self._compare(stepper, state, batch)
+                state |= zip(stepper.moving, made, strict=True)
+                means.append(state[LOSS])
+            taken = seen[first:last, :width]
+            losses[:width] += torch.where(taken > 0, torch.stack(means) * taken, 0).sum(0)
+        self.rows[0] += sum(width * size for width, size in shapes)
         self.rows[1] += int(lengths.sum())
         for path in stepper.moving if done else ():
-            state[path] = torch.cat([state[path][:working], *(part[path] for part in reversed(done))])
+            state[path] = torch.cat([state[path][:left], *(part[path] for part in reversed(done))])
         return {**begun, **{path: state[path] for path in stepper.moving}}, losses
 
     def _runner(
@@ -391,7 +403,7 @@ class Vectorised:
             graph = tidy(make_fx(batched)(*args))
             self._compare(stepper, state, batch)
         params = [number for number, path in enumerate(state) if path.startswith("[0]")]
-        stepper.graphs[shape] = in_place(graph, params)
+        stepper.graphs[shape] = in_place(graph, params).forward
         if self.compile:
             stepper.graphs[shape] = compiled = torch.compile(graph)
             start = time.perf_counter()
@@ -444,25 +456,31 @@ class Vectorised:
         tasks: Sequence[Task],
         steps: Sequence[int],
     ) -> tuple[Tree, Tree]:
-        """Stacked updates and memories."""
-        down = tasks[0].down
-        same = all(task.down is down for task in tasks)
+        """Stacked updates and memories. A graph of it is recorded when the same is asked for again."""
+        same = all(task.down is tasks[0].down for task in tasks)
+        sent, spec = tree_flatten(tasks[0].down if same else _stacked([task.down for task in tasks]))
+        args = (torch.tensor(steps), *sent, *(state[path] for path in stepper.paths))
+        key = (same, str(spec), *(arg.shape for arg in args))
+        again = key in stepper.ends
+        run, structure = stepper.ends.get(key) or (None, list[TreeSpec]())
+        if run is None:
 
-        remembers = False
+            def finish(steps: Tensor, *leaves: Tensor) -> list[Tensor]:
+                params, _, carry = tree_unflatten(list(leaves[len(sent) :]), stepper.spec)
+                down = tree_unflatten(list(leaves[: len(sent)]), spec)
+                up, memory = algorithm.client_work.finish(params, down, carry, steps)
+                flat, made = tree_flatten([up] if memory is None else [up, memory])
+                structure[:] = [made]
+                return flat
 
-        def finish(down: Tree, steps: Tensor, *leaves: Tensor) -> Tree:
-            nonlocal remembers
-            params, _, carry = tree_unflatten(list(leaves), stepper.spec)
-            up, memory = algorithm.client_work.finish(params, down, carry, steps)
-            remembers = memory is not None
-            return up, memory if remembers else ()
-
-        downs = down if same else _stacked([task.down for task in tasks])
+            run = vmap(finish, in_dims=(0, *[None if same else 0] * len(sent), *stepper.dims))
         with torch.no_grad():
-            ups, after = vmap(finish, in_dims=(None if same else 0, 0, *stepper.dims))(
-                downs, torch.tensor(steps), *(state[path] for path in stepper.paths)
-            )
-        return ups, after if remembers else None
+            if again and not stepper.ends[key]:
+                run = make_fx(run)(*args).forward
+            leaves = run(*args)
+        stepper.ends[key] = (run, structure) if again else None
+        ups, *after = tree_unflatten(list(leaves), structure[0])
+        return ups, after[0] if after else None
 
 
 LOSS = "[2]['loss']"
@@ -499,10 +517,11 @@ def _batch(
 
 def _laid_out(
     datas: Sequence[ClientData | Held], drawn: Sequence[Sequence[Rows]]
-) -> tuple[Tensor, Tensor, NDArray[np.int64], NDArray[np.float32]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All clients' inputs and targets, and which rows of them are in each batch.
 
-    Returns x [rows, ...], y [rows, ...], index and mask [steps, clients, rows in a batch].
+    Returns x [rows, ...], y [rows, ...], index and mask [steps, clients, rows in a batch], and how many rows
+    are real, [steps, clients].
     """
     first = datas[0]
     if isinstance(first, Held) and all(isinstance(data, Held) and data.x is first.x for data in datas):
@@ -512,23 +531,73 @@ def _laid_out(
         x, y = (torch.cat(parts) for parts in zip(*trains, strict=True))
         starts = np.cumsum([0, *(len(part[1]) for part in trains)])
         owned = [np.arange(start, end) for start, end in pairwise(starts)]
-    longest = max(len(rows) for client in drawn for rows in client)
-    index = np.empty((len(drawn[0]), len(drawn), longest), dtype=np.int64)
-    index[:] = np.array([rows[0] for rows in owned])[:, None]  # its own: 0 * NaN of others would be NaN
-    mask = np.zeros(index.shape, dtype=np.float32)
+    lengths = np.zeros((len(drawn), max(map(len, drawn))), dtype=np.int64)
     for client, batches in enumerate(drawn):
-        lengths = [len(rows) for rows in batches]
-        step = np.repeat(np.arange(len(batches)), lengths)
-        place = np.arange(len(step)) - np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
-        index[step, client, place] = owned[client][np.concatenate(batches)]
-        mask[step, client, place] = 1
-    return x, y, index, mask
+        lengths[client, : len(batches)] = [len(rows) for rows in batches]
+    real = np.arange(lengths.max()) < lengths[:, :, None]  # [clients, steps, rows in a batch]
+    index = np.empty(real.shape, dtype=np.int64)
+    index[:] = np.array([rows[0] for rows in owned])[:, None, None]
+    index[real] = np.concatenate(
+        [rows[np.concatenate(batches)] for rows, batches in zip(owned, drawn, strict=True)]
+    )
+    if not real.all():  # the batch's own are padded with: 0 * NaN of others would be NaN
+        index = np.where(real, index, index[:, :, :1])
+    at, mask, taken = (torch.from_numpy(each).transpose(0, 1) for each in (index, real, lengths))
+    return x, y, at, mask.float(), taken
 
 
-def _width(problem: Problem) -> int:
+def _seed(key: Key) -> int:
+    return int.from_bytes(derive(key, "dropout")[:8], "little") >> 1
+
+
+def _shapes(working: Sequence[int], sizes: Sequence[int], *, few: bool, narrow: bool) -> list[Shape]:
+    """The shape of each step.
+
+    working: clients that have a batch, falling; sizes: rows in the largest batch. A step of a shape without
+    a graph costs as much as many rows, so steps are padded to the shapes of others. few: to full batches, and
+    to powers of two of clients, where so many steps (and `narrow`) are worth a graph of their own; otherwise
+    as far as it costs little.
+    """
+    full, widths = max(sizes), [max(active, 2) for active in working]
+    width = widths[0]
+    if few:
+        rungs = [min(1 << (active - 1).bit_length(), width) for active in widths]
+        often = Counter(rungs)
+        kept = [rung for rung in sorted(often, reverse=True) if narrow and often[rung] >= NARROW_FROM]
+        return [(min([width, *(each for each in kept if each >= rung)]), full) for rung in rungs]
+    spare, shapes = sum(map(mul, widths, sizes)) // PADDED, list[Shape]()
+    for least in zip(widths, sizes, strict=True):
+        for shape in ((width, full), (least[0], full), least):
+            waste = shape[0] * shape[1] - least[0] * least[1]
+            if waste <= spare:
+                break
+        width, spare = shape[0], spare - waste
+        shapes.append(shape)
+    return shapes
+
+
+def _recorded(shapes: Sequence[Shape], *, few: bool, narrow: bool) -> set[Shape]:
+    """The shapes that are worth a graph: by the block alone, so that a resumed run has the same bits."""
+    if few:
+        return set(shapes) if len(shapes) >= RECORD_FROM else set()
+    often = Counter(shapes)
+    return {shape for shape in often if often[shape] >= RECORD_FROM and (narrow or shape == shapes[0])}
+
+
+def _stretches(shapes: Sequence[Shape], nbytes: int) -> Iterator[tuple[int, int, Shape]]:
+    """First step, last step + 1 and shape of steps whose batches are gathered at once. nbytes: of a row."""
+    start = 0
+    for shape, same in groupby(shapes):
+        end = start + len(list(same))
+        some = max(GATHERED // (shape[0] * shape[1] * nbytes), 1)
+        for first in range(start, end, some):
+            yield first, min(first + some, end), shape
+        start = end
+
+
+def _width(nbytes: int) -> int:
     # Ten, or as many as fit a few megabytes of cache; more where an operation costs less than starting it.
-    each = max(trees.nbytes(problem.model()["params"]), 1)
-    return max(4, min(32 if each < 100_000 else 10, 10_000_000 // each))
+    return max(4, min(32 if nbytes < SMALL else 10, 10_000_000 // nbytes))
 
 
 @contextmanager

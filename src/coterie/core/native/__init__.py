@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 
 log = logging.getLogger("coterie")
 HERE = Path(__file__).parent
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
 SECONDS = 300  # that the compiler may take
 
 
@@ -71,12 +72,19 @@ def _built() -> Path | None:
             raise OSError(f"{path} belongs to somebody else: remove it, or set XDG_CACHE_HOME")
         return path
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        log.info("compiling kernels for this processor, once")
         made = Path(scratch) / "kernels.so"
-        parts = [str(source) for source in sources if source.suffix == ".c"]
-        command = [compiler, *FLAGS, *parts, "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)  # noqa: S603  ours
+        parts = {str(each): f"{scratch}/{each.stem}.o" for each in sources if each.suffix == ".c"}
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda part: _compile(compiler, "-c", part[0], "-o", part[1]), parts.items()))
+        _compile(compiler, "-shared", *parts.values(), "-o", str(made), "-lm")
         made.replace(path)  # whole or not at all, whoever else is compiling
     return path
+
+
+def _compile(compiler: str, *arguments: str) -> None:
+    command = [compiler, *FLAGS, *arguments]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)  # noqa: S603  ours
 
 
 def _processor() -> str:
