@@ -27,7 +27,7 @@ def tidy(module: GraphModule) -> GraphModule:
     graph.eliminate_dead_code()
     written = _written(graph)
     for node in list(graph.nodes):
-        if node.op != "call_function" or node in written or _draws(node):
+        if node.op != "call_function" or node in written or draws(node):
             continue
         key = (node.target, _hashable(node.args), _hashable(node.kwargs))
         if key in seen:
@@ -160,7 +160,7 @@ def _written(graph: torch.fx.Graph) -> set[Node]:
         node = ahead.pop()
         if node not in found:
             found.add(node)
-            if _is_view(node) or (_schema(node) is not None and _schema(node).is_mutable):
+            if is_view(node) or (_schema(node) is not None and _schema(node).is_mutable):
                 ahead += node.all_input_nodes
     return found
 
@@ -169,18 +169,26 @@ def _views_of(node: Node) -> set[Node]:
     found: set[Node] = set()
     ahead = [node]
     while ahead:
-        more = [user for user in ahead.pop().users if _is_view(user) and user not in found]
+        more = [user for user in ahead.pop().users if is_view(user) and user not in found]
         found.update(more)
         ahead += more
     return found
 
 
-def _is_view(node: Node) -> bool:
+def writes(node: Node) -> bool:
+    """Does it change what it is given?"""
+    schema = _schema(node)
+    return schema is not None and schema.is_mutable
+
+
+def is_view(node: Node) -> bool:
+    """Does what it makes share memory with what it is made from?"""
     schema = _schema(node)
     return schema is not None and any(made.alias_info is not None for made in schema.returns)
 
 
-def _draws(node: Node) -> bool:
+def draws(node: Node) -> bool:
+    """Is it random?"""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 

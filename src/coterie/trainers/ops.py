@@ -171,3 +171,6 @@ def _gradients(x, w, needs_x, bias):
         w.new_empty(w.shape),
         w.new_empty(w.shape[:2] if bias else 0),
     )
+
+
+KERNELS = {linear_step_, *DIRECT.values()}

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.func import vmap
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from coterie.core import trees
+from coterie.core import native, trees
 from coterie.core.errors import RunError
 from coterie.core.seeds import Key, derive, seeded
 from coterie.core.types import Algorithm, Params, Replies, Reply, Task, Tree
@@ -41,6 +42,7 @@ from coterie.trainers.graphs import in_place, tidy
 from coterie.trainers.layers import DRAWS, Layers
 from coterie.trainers.loop import Loop, count_of, rows_of, task_key, weight_of
 from coterie.trainers.problem import Problem
+from coterie.trainers.programs import Program, program
 
 log = logging.getLogger("coterie")
 Shape = tuple[int, int]  # of a step: how many clients are computed, and how many rows in a batch
@@ -60,7 +62,8 @@ class Stepper:
 
     shared: leaves without a dimension for the clients; moving: leaves that a step replaces. fresh: leaves
     that the first step adds, as zeros of one client. draws: does it draw from the clients' seeds? graphs:
-    what runs a step, by the shapes of a batch. ends: what finishes a block, likewise; None: not worth it yet.
+    what runs a step, by the shapes of a batch; programs: all steps of a client, likewise; ends: what finishes
+    a block. None: not possible, or not worth it yet.
     """
 
     step: Callable[..., Tree]
@@ -72,6 +75,7 @@ class Stepper:
     fresh: dict[str, Tensor]
     draws: bool
     graphs: dict[Any, Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
+    programs: dict[Any, Program | None] = field(default_factory=dict)
     ends: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -209,7 +213,8 @@ class Vectorised:
         keys, drawn = [keys[i] for i in order], [drawn[i] for i in order]
         stepper, state = self._begin(algorithm, tasks, memories, datas[0])
         with torch.no_grad(), seeded(derive(keys[0], "torch")):
-            state, losses = self._descend(stepper, state, datas, drawn, keys)
+            full = tasks[0].config.get("batch_size")
+            state, losses = self._descend(stepper, state, datas, drawn, keys, full=full)
         ups, after = self._finish(algorithm, stepper, state, tasks, [len(rows) for rows in drawn])
         samples = [sum(map(len, rows)) for rows in drawn]
         replies = Replies(
@@ -336,11 +341,24 @@ class Vectorised:
         drawn: Sequence[Sequence[Rows]],
         keys: Sequence[Key],
         *,
+        full: int | None = None,
         check: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """All local steps of a block, the busiest clients first. Returns the state and the summed losses."""
+        """All local steps of a block, the busiest clients first. Returns the state and the summed losses.
+
+        full: rows of a full batch. check: compare each step's gradient with plain torch.
+        """
         begun, clients = state, len(drawn)
         x, y, index, mask, lengths = _laid_out(datas, drawn)
+        if not check and index.shape[2] == full and len(index) >= RECORD_FROM:
+            found = self._program(stepper, state, x, y, full)
+            if found is not None:
+                steps = (lengths > 0).sum(0).tolist()
+                per_client = index.transpose(0, 1), mask.transpose(0, 1)
+                each = found.train(state, stepper.shared, (x, y), *per_client, steps)
+                self.rows[0] += sum(steps) * full
+                self.rows[1] += int(lengths.sum())
+                return state, (each.double() * lengths.T).sum(1)
         seeds = torch.tensor([_seed(key) if stepper.draws else 0 for key in keys])
         losses, seen = torch.zeros(clients, dtype=torch.float64), lengths.double()
         working = (lengths > 0).sum(1).tolist()  # clients, in each step
@@ -381,36 +399,59 @@ class Vectorised:
             state[path] = torch.cat([state[path][:left], *(part[path] for part in reversed(done))])
         return {**begun, **{path: state[path] for path in stepper.moving}}, losses
 
+    def _program(
+        self, stepper: Stepper, state: Mapping[str, Tensor], x: Tensor, y: Tensor, size: int
+    ) -> Program | None:
+        """What takes all steps of a client by itself, where all of a step is in kernels."""
+        key = (size, x.shape[1:], x.dtype, y.shape[1:], y.dtype)
+        if key not in stepper.programs:
+            one = {path: leaf if path in stepper.shared else leaf[:1] for path, leaf in state.items()}
+            rows = torch.arange(size) % len(x)
+            batch = (x[rows].unsqueeze(0), y[rows].unsqueeze(0), torch.ones(1, size), torch.zeros(1).long())
+            plain = self.precision == "float32" and not self.compile and native.library() is not None
+            if plain:
+                graph = in_place(self._graph(stepper, one, batch), _params(one))
+                stepper.programs[key] = program(graph, one, batch, stepper.moving, LOSS)
+            else:
+                stepper.programs[key] = None
+        return stepper.programs[key]
+
     def _runner(
         self, stepper: Stepper, state: Mapping[str, Tensor], batch: tuple[Tensor, ...], *, recorded: bool
     ) -> Callable[..., Sequence[Tensor]]:
         """What takes a step of this shape: a recorded graph, or vmap itself where that is not worth it."""
+        if not recorded:
+            return self._batched(stepper)
         shape = tuple((part.shape, part.dtype) for part in batch)
-        if recorded and shape in stepper.graphs:
-            return stepper.graphs[shape]
-        dims = (*stepper.dims, *[0] * 4)
+        if shape not in stepper.graphs:
+            graph = self._graph(stepper, state, batch)
+            stepper.graphs[shape] = in_place(graph, _params(state)).forward
+            if self.compile:
+                stepper.graphs[shape] = compiled = torch.compile(graph)
+                start = time.perf_counter()
+                compiled(*(arg.clone() for arg in (*state.values(), *batch)))  # it compiles at its first call
+                self.compile_seconds += time.perf_counter() - start
+                log.info(
+                    "compiled the step of %d clients in %.1f s so far", len(batch[2]), self.compile_seconds
+                )
+        return stepper.graphs[shape]
+
+    def _batched(self, stepper: Stepper) -> Callable[..., Sequence[Tensor]]:
+        """A step of several clients: their state's leaves and batches -> the leaves that it replaces."""
 
         def moved(*args: Tensor) -> list[Tensor]:
             made, _ = _flat(stepper.step(tree_unflatten(list(args[:-4]), stepper.spec), *args[-4:]))
             return [made[path] for path in stepper.moving]
 
-        batched = vmap(moved, in_dims=dims, randomness="different")
-        if not recorded:
-            return batched
-        args = (*state.values(), *batch)
+        return vmap(moved, in_dims=(*stepper.dims, *[0] * 4), randomness="different")
+
+    def _graph(self, stepper: Stepper, state: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> GraphModule:
+        """The recorded step, once its gradient has been compared."""
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            graph = tidy(make_fx(batched)(*args))
+            graph = tidy(make_fx(self._batched(stepper))(*state.values(), *batch))
             self._compare(stepper, state, batch)
-        params = [number for number, path in enumerate(state) if path.startswith("[0]")]
-        stepper.graphs[shape] = in_place(graph, params).forward
-        if self.compile:
-            stepper.graphs[shape] = compiled = torch.compile(graph)
-            start = time.perf_counter()
-            compiled(*(arg.clone() for arg in args))  # it compiles when it is first called
-            self.compile_seconds += time.perf_counter() - start
-            log.info("compiled the step of %d clients in %.1f s so far", len(batch[2]), self.compile_seconds)
-        return stepper.graphs[shape]
+        return graph
 
     def _compare(self, stepper: Stepper, state: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> None:
         """Take the first and last client's gradient alone too, by plain torch and without padded rows.
@@ -484,6 +525,11 @@ class Vectorised:
 
 
 LOSS = "[2]['loss']"
+
+
+def _params(state: Mapping[str, Tensor]) -> list[int]:
+    """The numbers of the leaves that are parameters."""
+    return [number for number, path in enumerate(state) if path.startswith("[0]")]
 
 
 def _flat(tree: Tree) -> tuple[dict[str, Any], TreeSpec]:

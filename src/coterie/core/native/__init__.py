@@ -15,7 +15,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_listener: Callable[[str, tuple[Tensor | int | None, ...]], None] | None = None
 log = logging.getLogger("coterie")
 HERE = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
@@ -32,13 +35,6 @@ SECONDS = 300  # that the compiler may take
 def fits(*tensors: Tensor) -> bool:
     """Can the kernels do it: is there a library, and is all of it float32 in this machine's memory?"""
     return library() is not None and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-
-
-def pointer(x: Tensor | None) -> int | None:
-    """Where a contiguous tensor's numbers are; None for none. Raises ValueError for one with gaps."""
-    if x is not None and not x.is_contiguous():
-        raise ValueError(f"a kernel needs a contiguous tensor, not strides {x.stride()} for {tuple(x.shape)}")
-    return None if x is None else x.data_ptr()
 
 
 @cache
@@ -97,9 +93,33 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU")))
 
 
-def call(name: str, *args: Tensor | int | None) -> int:
-    """Run a kernel. Tensors become pointers, whole numbers int64_t; None is NULL."""
+def call(name: str, *args: Tensor | int | None, gaps: bool = False) -> int:
+    """Run a kernel. Tensors become pointers, whole numbers int64_t; None is NULL.
+
+    gaps: the kernel knows strides. Raises ValueError for a tensor that is not contiguous otherwise.
+    """
+    if _listener is not None:
+        _listener(name, args)
+    for each in () if gaps else args:
+        if isinstance(each, Tensor) and not each.is_contiguous():
+            raise ValueError(f"{name} needs contiguous tensors, not {tuple(each.shape)} by {each.stride()}")
     return int(_kernel(name)(*map(_c, args)))
+
+
+@contextmanager
+def listening(hear: Callable[[str, tuple[Tensor | int | None, ...]], None]) -> Iterator[None]:
+    """Tell `hear` of every call of a kernel meanwhile."""
+    global _listener  # noqa: PLW0603
+    _listener = hear
+    try:
+        yield
+    finally:
+        _listener = None
+
+
+def address(name: str) -> int:
+    """Of a kernel."""
+    return int(ctypes.cast(_kernel(name), ctypes.c_void_p).value or 0)
 
 
 @cache
@@ -110,4 +130,6 @@ def _kernel(name: str) -> Any:
 
 
 def _c(value: Tensor | int | None) -> Any:
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_void_p(pointer(value))
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_void_p(None if value is None else value.data_ptr())

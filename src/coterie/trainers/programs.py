@@ -1,0 +1,301 @@
+"""A client's whole local training as one call: the kernels of a recorded step, run again and again in C.
+
+A recorded graph costs a few microseconds an operation, and passes all clients' weights through the caches at
+every step. A program is made from the graph of a single client whose operations are all kernels of
+`core.native`, views or constants. Its memory is laid out once; then one client after the other takes all its
+steps, with its weights in the cache, and no Python in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from coterie.core import native
+from coterie.trainers import ops
+from coterie.trainers.graphs import draws, is_view, writes
+
+aten = torch.ops.aten
+log = logging.getLogger("coterie")
+MOST = 26  # arguments of a kernel, as in run.c
+CLOSE = 1e-4  # relative difference of a step from the graph's, which sums in another order
+CHECKED = ("cross_entropy_forward",)  # kernels that return how much is wrong
+CONSTANT = {
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.full_like.default,
+    aten.scalar_tensor.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+}
+Said = tuple[str, tuple[Tensor | int | None, ...]]
+
+
+class Unsupported(Exception):
+    """Something in a graph that a program cannot do."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """calls [n, 2 + 2 * MOST]: kernels and their arguments, as run.c reads them.
+
+    An argument may lie in a slot: the leaves of the state by path, then x, y, index and mask. moves: bytes by
+    which each slot grows with a step. fixed: nodes that no step changes, and where their values belong; they
+    are computed by torch for each client. alive: memory that the calls point to.
+    """
+
+    calls: NDArray[np.int64]
+    paths: list[str]
+    moves: NDArray[np.int64]
+    loss: int
+    needed: dict[Node, str]
+    fixed: list[tuple[Node, Tensor | None]]
+    alive: list[Any]
+
+    def train(
+        self,
+        state: Mapping[str, Tensor],
+        shared: set[str],
+        data: tuple[Tensor, Tensor],
+        index: Tensor,
+        mask: Tensor,
+        steps: Sequence[int],
+    ) -> Tensor:
+        """All steps of all clients; state is changed in place, so its leaves must be the caller's own.
+
+        data: x [rows, ...], y [rows, ...]; index (int64) and mask (float32) [clients, most steps, rows of a
+        batch]; steps: of each client. Returns the mean loss of each step, [clients, most steps]. Raises
+        IndexError for a target that is no class.
+        """
+        losses = torch.zeros(index.shape[:2])
+        held = [state[path].contiguous() for path in self.paths] + [
+            each.contiguous() for each in (*data, index, mask)
+        ]
+        own = (0 if path in shared else state[path][0].nbytes for path in self.paths)
+        apart = [*own, 0, 0, index[0].nbytes, mask[0].nbytes]
+        first = np.array([each.data_ptr() for each in held], dtype=np.int64)
+        by_client = np.array(apart, dtype=np.int64)
+        every = any(path not in shared for path in self.needed.values())  # has each client its own?
+        for client, count in enumerate(steps):
+            if every or not client:
+                self._fix(
+                    {
+                        node: state[path] if path in shared else state[path][client : client + 1]
+                        for node, path in self.needed.items()
+                    }
+                )
+            slots = first + client * by_client
+            wrong = native.call(
+                "run_steps", self.calls.ctypes.data, len(self.calls), slots.ctypes.data,
+                self.moves.ctypes.data, len(slots), count, self.loss, losses[client],
+            )  # fmt: skip
+            if wrong:
+                raise IndexError(f"{wrong} targets are not among the classes")
+        return losses
+
+    def _fix(self, made: dict[Node, Any]) -> None:
+        for node, place in self.fixed:
+            args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), made.__getitem__)
+            made[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            if place is not None:
+                place.copy_(made[node])
+
+
+def program(
+    graph: GraphModule, state: Mapping[str, Tensor], batch: Sequence[Tensor], moving: Sequence[str], loss: str
+) -> Program | None:
+    """The program of a graph of one client; None where it holds something that cannot be in one.
+
+    state, batch (x, y, mask, seed): what the graph takes, with a first dimension of one client. moving: the
+    leaves that the graph returns. A step of the program, from any state, is compared with one of the graph.
+    """
+    try:
+        made = _translated(graph, state, batch, moving, loss)
+    except (Unsupported, RuntimeError, TypeError, ValueError) as error:
+        log.debug("no program: %s", error)
+        return None
+    x, y, mask, _ = batch
+    draw = torch.Generator().manual_seed(0)
+    state = {  # any, not that of now: whether there is a program must not depend on when it is asked for
+        path: torch.randn(leaf.shape, generator=draw, dtype=leaf.dtype) / 20
+        if leaf.is_floating_point()
+        else leaf.clone()
+        for path, leaf in state.items()
+    }
+    its = dict(zip(moving, graph.forward(*(leaf.clone() for leaf in state.values()), *batch), strict=True))
+    index, shared = torch.arange(x.shape[1]).view(1, 1, -1), {path for path in state if path not in moving}
+    made.train(state, shared, (x[0], y[0]), index, mask.unsqueeze(0), [1])
+    gap = max(float((state[path] - leaf).norm() / leaf.norm().clamp(min=1e-12)) for path, leaf in its.items())
+    if not gap < CLOSE:
+        log.debug("no program: its step differs by %.2g from the graph's", gap)
+        return None
+    return made
+
+
+def _translated(
+    graph: GraphModule, state: Mapping[str, Tensor], batch: Sequence[Tensor], moving: Sequence[str], loss: str
+) -> Program:
+    paths, calls = list(state), list[Said]()
+    # stand-ins: what the slots point to is known at a run only. All zeros, so that nothing can be left over.
+    x, y, mask, seed = (torch.zeros_like(part) for part in batch)
+    leaves = {path: torch.zeros(leaf.shape, dtype=leaf.dtype) for path, leaf in state.items()}
+    rows_of_x, rows_of_y, index = x[0].clone(), y[0].clone(), torch.zeros(x.shape[1], dtype=torch.int64)
+    slots = [*leaves.values(), rows_of_x, rows_of_y, index, mask]
+    if not native.fits(*(leaves[path] for path in moving), mask):
+        raise Unsupported
+
+    def hear(name: str, args: tuple[Tensor | int | None, ...]) -> None:
+        if not name.endswith("_scratch"):
+            calls.append((name, args))
+
+    def recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with native.listening(hear):
+            return function(*args, **kwargs)
+
+    for rows, batch_of in ((rows_of_x, x), (rows_of_y, y)):
+        recorded(native.call, "gather", rows, index, batch_of, x.shape[1], rows[0].nbytes)
+    nodes = list(graph.graph.nodes)
+    placed = [node for node in nodes if node.op == "placeholder"]
+    values: dict[Node, Any] = dict(zip(placed, (*leaves.values(), x, y, mask, seed), strict=True))
+    still = {node: path for node, path in zip(placed, paths, strict=False) if path not in moving}
+    fixed: list[tuple[Node, Tensor | None]] = []
+
+    def evaluated(node: Node) -> Any:
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        inputs = node.all_input_nodes
+        if node.target in RULES and not all(each in still for each in inputs):
+            return recorded(RULES[node.target], *args, **kwargs)
+        if node.target in ops.KERNELS:
+            return recorded(node.target, *(recorded(_dense, each) for each in args))
+        if writes(node) or draws(node):
+            raise Unsupported(str(node.target))
+        view = node.target is operator.getitem or node.target is aten._unsafe_view.default or is_view(node)
+        made = node.target(*args, **kwargs)  # type: ignore[operator]
+        if inputs and all(each in still for each in inputs):  # no step changes it
+            still[node] = ""
+            made = made if view else made.clone()
+            fixed.append((node, None if view else made))
+        elif not (view or not inputs or node.target in CONSTANT):
+            raise Unsupported(str(node.target))
+        return made
+
+    for node in nodes:
+        if node.op == "call_function":
+            values[node] = evaluated(node)
+    (output,) = (node for node in nodes if node.op == "output")
+    own = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    for path, node in zip(moving, output.args[0], strict=True):
+        made = values[node]
+        if made.data_ptr() == leaves[path].data_ptr():
+            continue
+        if made.untyped_storage().data_ptr() in own:
+            raise Unsupported("a leaf that becomes another")
+        recorded(_elementwise, "COPY", made, made, leaves[path])
+    return Program(
+        _encoded(calls, slots),
+        paths,
+        np.array([0] * (len(paths) + 2) + [index.nbytes, mask.nbytes], dtype=np.int64),
+        paths.index(loss),
+        {each: still[each] for node, _ in fixed for each in node.all_input_nodes if each.op == "placeholder"},
+        fixed,
+        [calls, values],
+    )
+
+
+def _encoded(calls: Sequence[Said], slots: Sequence[Tensor]) -> NDArray[np.int64]:
+    where = {each.untyped_storage().data_ptr(): number for number, each in enumerate(slots)}
+    made = np.zeros((len(calls), 2 + 2 * MOST), dtype=np.int64)
+    made[:, 2 : 2 + MOST] = -1
+    for row, (name, args) in zip(made, calls, strict=True):
+        row[:2] = native.address(name), name in CHECKED
+        for place, arg in enumerate(args, 2):
+            if isinstance(arg, Tensor) and arg.numel():
+                base = arg.untyped_storage().data_ptr()
+                row[place] = where.get(base, -1)
+                row[place + MOST] = arg.data_ptr() - (base if base in where else 0)
+            elif isinstance(arg, int):
+                row[place + MOST] = arg
+    return made
+
+
+def _elementwise(what: str, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """A kernel's work on x and y, broadcast to out."""
+    if not (native.fits(x, y, out) and out.dim() < 8):
+        raise Unsupported
+    x, y, out = (each.view(1) if each.dim() == 0 else each for each in (x, y, out))
+    strides = [each.expand(out.shape).stride() for each in (out, x, y)]
+    layout = torch.tensor([out.dim(), *out.shape, *(step for each in strides for step in each)])
+    native.call("elementwise", WHAT[what], out, x, y, layout, gaps=True)
+    return out
+
+
+NAMES = "ADD SUBTRACT MULTIPLY DIVIDE ADD_PRODUCT ADD_TO WHERE_POSITIVE COPY NEGATE RELU"
+WHAT = {name: number for number, name in enumerate(NAMES.split())}
+
+
+def _dense(x: Any) -> Any:
+    """A tensor without gaps, as kernels want it."""
+    if not isinstance(x, Tensor) or x.is_contiguous():
+        return x
+    return _elementwise("COPY", x, x, torch.empty(x.shape, dtype=x.dtype))
+
+
+def _alone(what: str) -> Callable[..., Tensor]:
+    def rule(x: Tensor, *, memory_format: Any = None, dtype: Any = torch.float32) -> Tensor:
+        if dtype != torch.float32:
+            raise Unsupported
+        format = torch.preserve_format if memory_format is None else memory_format
+        return _elementwise(what, x, x, torch.empty_like(x, memory_format=format))
+
+    return rule
+
+
+def _pair(what: str) -> Callable[..., Tensor]:
+    def rule(x: Any, y: Any) -> Tensor:
+        x, y = (each if isinstance(each, Tensor) else torch.tensor(float(each)) for each in (x, y))
+        like = x if x.dim() >= y.dim() else y
+        whole = torch.broadcast_tensors(x, y)[0].shape  # type: ignore[no-untyped-call]
+        return _elementwise(what, x, y, torch.empty_like(like) if like.shape == whole else torch.empty(whole))
+
+    return rule
+
+
+def _sum(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
+    size = [1 if d in {each % x.dim() for each in dims} else n for d, n in enumerate(x.shape)]
+    whole = torch.empty(size)
+    zero = torch.zeros(())
+    _elementwise("COPY", zero, zero, whole)
+    _elementwise("ADD_TO", x, x, whole.expand(x.shape))
+    return whole if keepdim else whole.squeeze([each % x.dim() for each in dims])
+
+
+def _threshold(slope: Tensor, x: Tensor, threshold: float) -> Tensor:
+    if threshold:
+        raise Unsupported
+    return _pair("WHERE_POSITIVE")(slope, x)
+
+
+RULES: dict[Any, Callable[..., Tensor]] = {
+    aten.add.Tensor: _pair("ADD"),
+    aten.sub.Tensor: _pair("SUBTRACT"),
+    aten.mul.Tensor: _pair("MULTIPLY"),
+    aten.div.Tensor: _pair("DIVIDE"),
+    aten.neg.default: _alone("NEGATE"),
+    aten.relu.default: _alone("RELU"),
+    aten.clone.default: _alone("COPY"),
+    aten._to_copy.default: _alone("COPY"),
+    aten.threshold_backward.default: _threshold,
+    aten.sum.dim_IntList: _sum,
+    aten.add_.Tensor: lambda held, update: _elementwise("ADD", held, update, held),
+    aten.addcmul_.default: lambda held, x, y: _elementwise("ADD_PRODUCT", x, y, held),
+}
