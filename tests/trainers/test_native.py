@@ -12,6 +12,7 @@ from coterie.algorithms import Local, fedavg, fedprox, scaffold, sgd
 from coterie.core import Task, derive, native, rng, trees
 from coterie.data import ClientData
 from coterie.trainers import Loop, Problem, Vectorised, ops, programs
+from coterie.trainers.recurrent import gru_forward
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler, so no kernels")
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -259,3 +260,31 @@ def test_without_kernels_torch_does_the_work(monkeypatch, tmp_path, caplog):
     finally:
         monkeypatch.undo()
         native.library.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.linear_forward(normal(2, 3, 64), normal(2, 4, 3), None, False),
+        lambda: ops.linear_forward(normal(2, 3, 5), normal(1, 4, 5), None, False),
+        lambda: ops.linear_forward(normal(2, 3, 5), normal(2, 4, 5), normal(2, 3), False),
+        lambda: ops.linear_backward(normal(2, 3, 4), normal(2, 3, 5), normal(2, 6, 5), True, True, False),
+        lambda: ops.cross_entropy_forward(normal(2, 3, 5), torch.zeros(2, 4).long(), -100),
+        lambda: ops.cross_entropy_forward(normal(2, 3, 5), torch.zeros(2, 3).int(), -100),
+        lambda: ops.cross_entropy_backward(normal(2, 4), normal(2, 3, 5), torch.zeros(2, 3).long(), -100),
+        lambda: ops.conv_pool_forward(
+            normal(1, 1, 9, 9, 2), normal(1, 4, 3, 3, 3), None, [1, 1], [0, 0], [2, 2], [2, 2], True
+        ),
+        lambda: ops.conv_pool_backward(
+            normal(1, 1, 2, 2, 4), torch.zeros(1, 1, 2, 2, 4).int(), normal(1, 1, 9, 9, 2),
+            normal(1, 4, 3, 3, 2), True, True, [1, 1], [0, 0], [2, 2], [2, 2], True,
+        ),
+        lambda: gru_forward(
+            normal(1, 3, 2, 8), normal(1, 2, 5), normal(1, 15, 7), normal(1, 15, 5), normal(1, 15), normal(1, 15)
+        ),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_refused_before_a_kernel_trusts_them(call):
+    with pytest.raises(RuntimeError, match=r"is needed|not torch\.int64"):
+        call()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from coterie.core.native import call
+from coterie.trainers import ops
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CC", "cc")) is None or os.environ.get("COTERIE_NATIVE") == "0",
@@ -238,3 +239,10 @@ def test_clients_do_not_mix():
         parts = yn, atn, *backward(alone, dy[one], atn, x[one], w[one])
         for whole, part in zip(together, parts, strict=True):
             assert torch.equal(whole[one], part)
+
+
+def test_images_without_a_single_window_are_refused():
+    with pytest.raises(ValueError, match="images of 3x9 are too small"):
+        ops.conv_pool_forward(
+            torch.ones(1, 1, 3, 9, 2), torch.ones(1, 1, 3, 3, 2), None, [1, 1], [0, 0], [2, 2], [2, 2], True
+        )

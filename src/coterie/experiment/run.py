@@ -29,6 +29,7 @@ from coterie.core import (
     Tree,
     ask,
     drive,
+    native,
     run_sync,
     trees,
 )
@@ -302,7 +303,12 @@ def _told(trainer: Any) -> dict[str, Any]:
     """What a result says of its trainer."""
     if not isinstance(trainer, Vectorised):
         return {"kind": trainer.name}
-    return {"kind": trainer.name, "layers": trainer.paths, "compile_seconds": trainer.compile_seconds}
+    return {
+        "kind": trainer.name,
+        "kernels": native.library() is not None,
+        "layers": trainer.paths,
+        "compile_seconds": trainer.compile_seconds,
+    }
 
 
 def _naming(config: Mapping[str, Any], model: nn.Module | None, dataset: Dataset | None) -> dict[str, Any]:

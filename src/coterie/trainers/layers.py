@@ -259,6 +259,7 @@ def cross_entropy(
 ) -> Any:
     """Losses of scores [B, classes, ...] against numbers of classes [B, ...]."""
     plain = weight is None and reduction == "none" and not label_smoothing and x.dim() == target.dim() + 1 > 1
+    plain = plain and target.dtype == torch.int64  # else they are probabilities
     if not plain or not native.fits(x):
         return NotImplemented
     return _CrossEntropy.apply(x.movedim(1, -1), target, ignore_index)[0]

@@ -22,9 +22,22 @@ def _operator(function: Callable[..., Any]) -> Any:
     return made
 
 
+def check(name: str, *pairs: tuple[Sequence[int] | None, Sequence[int]]) -> None:
+    """Raise RuntimeError, as torch would, where a shape is not the one it must be: a kernel trusts them."""
+    for found, wanted in pairs:
+        if found is not None and tuple(found) != tuple(wanted):
+            raise RuntimeError(f"{name}: a tensor is {tuple(found)} where {tuple(wanted)} is needed")
+
+
+def _shape(x: Tensor | None) -> Sequence[int] | None:
+    return None if x is None else x.shape
+
+
 @_operator
 def linear_forward(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
     """x [C, B, in], w [C, out, in], b [C, out] -> x w^T + b [C, B, out], or its ReLU."""
+    clients, _, width = x.shape
+    check("linear", (w.shape, (clients, w.shape[1], width)), (_shape(b), w.shape[:2]))
     x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
     y = x.new_empty(*x.shape[:2], w.shape[1])
     call("linear_forward", x, w, b, y, relu, *x.shape, w.shape[1])
@@ -68,6 +81,8 @@ def linear_step_(
 def _back(
     dy: Tensor, x: Tensor, w: Tensor, dw: Tensor, factor: Tensor | None, needs_x: bool, bias: bool, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    clients, rows, width = x.shape
+    check("linear", (w.shape, (clients, w.shape[1], width)), (dy.shape, (clients, rows, w.shape[1])))
     dy, x = dy.contiguous(), x.contiguous()
     dx, db = torch.empty_like(x) if needs_x else None, w.new_empty(w.shape[:2]) if bias else None
     call("linear_backward", dy, x, w, dw, db, dx, factor, relu, *x.shape, w.shape[1])
@@ -78,6 +93,9 @@ def _back(
 @_operator
 def cross_entropy_forward(z: Tensor, y: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     """z [..., classes], y [...] -> losses [...], softmax [..., classes]. IndexError for a y of no class."""
+    check("cross_entropy", (y.shape, z.shape[:-1]))
+    if y.dtype != torch.int64:
+        raise RuntimeError(f"cross_entropy: targets are {y.dtype}, not torch.int64")
     z, y = z.contiguous(), y.contiguous()
     losses, p = z.new_empty(y.shape), torch.empty_like(z)
     if wrong := call("cross_entropy_forward", z, y, losses, p, ignored, y.numel(), z.shape[-1]):
@@ -93,6 +111,7 @@ def _(z, y, ignored):
 @_operator
 def cross_entropy_backward(dl: Tensor, p: Tensor, y: Tensor, ignored: int) -> Tensor:
     """The gradient of z, from that of the losses."""
+    check("cross_entropy", (dl.shape, p.shape[:-1]), (y.shape, p.shape[:-1]))
     dz = torch.empty_like(p)
     call("cross_entropy_backward", dl.contiguous(), p, y.contiguous(), dz, ignored, y.numel(), p.shape[-1])
     return dz
@@ -112,6 +131,7 @@ def conv_pool_forward(
 
     Returns y [C, B, PH, PW, out] and, for the way back, where each maximum was.
     """
+    check("conv", (w.shape, (x.shape[0], *w.shape[1:4], x.shape[4])), (_shape(b), w.shape[:2]))
     x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
     sizes = _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu)
     y = x.new_empty(_pooled(x, w, stride, padding, kernel, pool_stride))
@@ -132,6 +152,8 @@ def conv_pool_backward(
     padding: Sequence[int], kernel: Sequence[int], pool_stride: Sequence[int], relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, of w and of the bias; an empty tensor for one that is not wanted."""
+    pooled = _pooled(x, w, stride, padding, kernel, pool_stride)
+    check("conv", (dy.shape, pooled), (at.shape, pooled), (w.shape, (x.shape[0], *w.shape[1:4], x.shape[4])))
     dy, x, w = dy.contiguous(), x.contiguous(), w.contiguous()
     sizes = _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu)
     dx, dw, db = _gradients(x, w, needs_x, bias)
@@ -161,6 +183,8 @@ def _pooled(x, w, stride, padding, kernel, pool_stride):
     for i in range(2):
         size[i] = (size[i] + 2 * padding[i] - w.shape[2 + i]) // stride[i] + 1
         size[i] = (size[i] - kernel[i]) // pool_stride[i] + 1
+    if min(size) < 1:
+        raise ValueError(f"images of {x.shape[2]}x{x.shape[3]} are too small for this pooling")
     return *x.shape[:2], *size, w.shape[1]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import custom_op, register_fake
 
 from coterie.core import native
+from coterie.trainers import ops
 
 
 @custom_op("coterie::gru_forward", mutates_args=())
@@ -25,7 +26,12 @@ def gru_forward(
 
     Returns h_t [C, T, B, H] and, for the way back, r z n b_n [C, T, B, 4H].
     """
-    (clients, steps, rows, _), size = x.shape, h.shape[-1]
+    (clients, steps, rows, width), size = x.shape, h.shape[-1]
+    three = (clients, 3 * size)
+    ops.check(
+        "gru", (h.shape, (clients, rows, size)), (w.shape, (*three, width)), (u.shape, (*three, size)),
+        (w_bias.shape, three), (u_bias.shape, three),
+    )  # fmt: skip
     hidden, gates = _empty(x, size), x.new_empty(clients, steps, rows, 4 * size)
     if native.fits(x, h, w, u, w_bias, u_bias):
         rest = (each.contiguous() for each in (h, w, u, w_bias, u_bias))
@@ -56,6 +62,11 @@ def gru_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (or an empty tensor), h, w, u and the biases."""
     clients, steps, rows, size = hidden.shape
+    ops.check(
+        "gru", (dhidden.shape, hidden.shape), (gates.shape, (clients, steps, rows, 4 * size)),
+        (x.shape, (clients, steps, rows, w.shape[-1])), (h.shape, (clients, rows, size)),
+        (w.shape, (clients, 3 * size, x.shape[-1])), (u.shape, (clients, 3 * size, size)),
+    )  # fmt: skip
     dh, dw, du, dw_bias, du_bias = (each.new_empty(each.shape) for each in (h, w, u, u[..., 0], u[..., 0]))
     if native.fits(dhidden, hidden, gates, x, h, w, u):
         dx = _empty(x, x.shape[-1]) if needs_x else None

@@ -152,7 +152,8 @@ class Vectorised:
         """How it works, in a line."""
         own = sorted({path for path in self.paths.values() if path != "vmap"})
         how = f"{', '.join(own)} batched by hand, the rest by vmap" if own else "by vmap"
-        return f"blocks of up to {self.width} clients; {how}"
+        kernels = "kernels in C" if native.library() else "no kernels in C (no compiler)"
+        return f"blocks of up to {self.width} clients; {how}; {kernels}"
 
     def fit(
         self, algorithm: Algorithm, task: Task, memory: Tree, data: ClientData | Held

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["FLAGS", "HERE", "SECONDS", "address", "call", "fits", "library", "listening", "log"]
+
 _listener: Callable[[str, tuple[Tensor | int | None, ...]], None] | None = None
 log = logging.getLogger("coterie")
 HERE = Path(__file__).parent
