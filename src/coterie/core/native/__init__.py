@@ -66,7 +66,7 @@ def _built() -> Path | None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"kernels-{known.hexdigest()[:16]}.so"
     if path.exists():
-        if path.stat().st_uid != os.getuid():
+        if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
             raise OSError(f"{path} belongs to somebody else: remove it, or set XDG_CACHE_HOME")
         return path
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
