@@ -155,12 +155,12 @@ def _hashable(value: object) -> object:
 def _written(graph: torch.fx.Graph) -> set[Node]:
     """What some node writes into, the nodes that do, and what all these are views of."""
     found: set[Node] = set()
-    ahead = [node for node in graph.nodes if _schema(node) is not None and _schema(node).is_mutable]
+    ahead = [node for node in graph.nodes if writes(node)]
     while ahead:
         node = ahead.pop()
         if node not in found:
             found.add(node)
-            if is_view(node) or (_schema(node) is not None and _schema(node).is_mutable):
+            if is_view(node) or writes(node):
                 ahead += node.all_input_nodes
     return found
 

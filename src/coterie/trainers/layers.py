@@ -303,13 +303,6 @@ def _shift(z: Tensor, by: int) -> Tensor:
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 
-def _front(x: Any, dim: int | None, clients: int) -> Any:
-    """x with the clients as its first dimension."""
-    if x is None:
-        return None
-    return x.expand(clients, *x.shape) if dim is None else x.movedim(dim, 0)
-
-
 def _grouped(x: Tensor, dim: int | None, clients: int) -> Tensor:
     """[B, channels, ...] of each client -> [B, clients * channels, ...] with channels last in memory."""
     x = x.unsqueeze(1).expand(-1, clients, *x.shape[1:]) if dim is None else x.movedim(dim, 1)
@@ -341,9 +334,9 @@ class _Conv(Function):
     @staticmethod
     def vmap(info, in_dims, x, w, b, stride, padding, dilation, groups):
         n, none = info.batch_size, [0] * len(stride)
-        weight, bias = _front(w, in_dims[1], n), _front(b, in_dims[2], n)
+        weight, bias = ops.front(w, in_dims[1], n), ops.front(b, in_dims[2], n)
         if _one_by_one(weight):
-            x = _front(x, in_dims[0], n)
+            x = ops.front(x, in_dims[0], n)
             made = [
                 aten.convolution(_last(x[i]), _last(weight[i]), None if bias is None else bias[i],
                                  stride, padding, dilation, False, none, groups)
@@ -357,6 +350,7 @@ class _Conv(Function):
         return y.unflatten(1, (n, -1)), 1
 
 
+@ops.last("convolution")
 class _ConvBack(Function):
     """dy, x, w -> gradients of x (or an empty tensor), of w and of the bias (or an empty tensor)."""
 
@@ -369,19 +363,11 @@ class _ConvBack(Function):
         return tuple(g if wanted else dy.new_empty(0) for g, wanted in zip(made, mask, strict=True))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("second derivatives of a batched convolution")
-
-    @staticmethod
     def vmap(info, in_dims, dy, x, w, stride, padding, dilation, groups, needs_x, bias):
         n, none, empty = info.batch_size, [0] * len(stride), dy.new_empty(0)
-        weight, mask = _front(w, in_dims[2], n), [needs_x, True, bias]
+        weight, mask = ops.front(w, in_dims[2], n), [needs_x, True, bias]
         if _one_by_one(weight):
-            dy, x = _front(dy, in_dims[0], n), _front(x, in_dims[1], n)
+            dy, x = ops.front(dy, in_dims[0], n), ops.front(x, in_dims[1], n)
             made = [
                 aten.convolution_backward(_last(dy[i]), _last(x[i]), _last(weight[i]), [weight.shape[1]],
                                           stride, padding, dilation, False, none, groups, mask)
@@ -439,11 +425,14 @@ class _ConvPool(Function):
 
     @staticmethod
     def vmap(info, in_dims, x, w, b, *options):
-        x, w, b = (_front(each, dim, info.batch_size) for each, dim in zip((x, w, b), in_dims, strict=False))
+        x, w, b = (
+            ops.front(each, dim, info.batch_size) for each, dim in zip((x, w, b), in_dims, strict=False)
+        )
         y, at = ops.conv_pool_forward(_pixels(x), _pixels(w), b, *options)
         return (_planes(y), at), (0, 0)
 
 
+@ops.last("convolution")
 class _ConvPoolBack(Function):
     """dy, where the maxima were, x, w -> gradients of x, w and the bias; an empty tensor if not wanted."""
 
@@ -453,17 +442,8 @@ class _ConvPoolBack(Function):
         return dx.squeeze(0) if options[0] else dx, dw.squeeze(0), db.squeeze(0) if options[1] else db
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("second derivatives of a batched convolution")
-
-    @staticmethod
     def vmap(info, in_dims, dy, at, x, w, needs_x, bias, *options):
-        n = info.batch_size
-        given = (_front(each, dim, n) for each, dim in zip((dy, at, x, w), in_dims, strict=False))
+        given = ops.in_front(info, in_dims, (dy, at, x, w))
         made = _conv_pool_back(*given, needs_x, bias, *options)
         return made, (0 if needs_x else None, 0, 0 if bias else None)
 
@@ -504,12 +484,13 @@ class _Linear(Function):
     @staticmethod
     def vmap(info, in_dims, x, w, b):
         n = info.batch_size
-        x, w, b = (_front(each, dim, n) for each, dim in zip((x, w, b), in_dims, strict=True))
+        x, w, b = (ops.front(each, dim, n) for each, dim in zip((x, w, b), in_dims, strict=True))
         if native.fits(x, w):
             return ops.linear_forward(x, w, b, False), 0
         return torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT), 0
 
 
+@ops.last("linear layer")
 class _LinearBack(Function):
     @staticmethod
     def forward(dy, x, w, needs_x, bias):
@@ -517,17 +498,9 @@ class _LinearBack(Function):
         return dy @ w if needs_x else none, dy.mT @ x, dy.sum(0) if bias else none
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("second derivatives of a batched linear layer")
-
-    @staticmethod
     def vmap(info, in_dims, dy, x, w, needs_x, bias):
-        n, none = info.batch_size, dy.new_empty(0)
-        dy, x, w = (_front(each, dim, n) for each, dim in zip((dy, x, w), in_dims, strict=False))
+        none = dy.new_empty(0)
+        dy, x, w = ops.in_front(info, in_dims, (dy, x, w))
         if native.fits(dy, x, w):
             made = ops.linear_backward(dy, x, w, needs_x, bias, False)
             return made, (0 if needs_x else None, 0, 0 if bias else None)
@@ -560,24 +533,17 @@ class _MaxPool(Function):
         return tuple(each.unflatten(1, (n, -1)) for each in made), (1, 1)
 
 
+@ops.last("max-pool")
 class _MaxPoolBack(Function):
     @staticmethod
     def forward(dy, x, index, *options):
         return aten.max_pool2d_with_indices_backward(dy, x, *options, index)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("second derivatives of a batched max-pool")
-
-    @staticmethod
     def vmap(info, in_dims, dy, x, index, *options):
         n = info.batch_size
         if in_dims[1] == 0:
-            given = (_front(each, dim, n) for each, dim in zip((dy, x, index), in_dims, strict=False))
+            given = ops.in_front(info, in_dims, (dy, x, index))
             dy, x, index = (_last(each.flatten(0, 1)) for each in given)
             return aten.max_pool2d_with_indices_backward(dy, x, *options, index).unflatten(0, (n, -1)), 0
         dy, x, index = (_grouped(each, dim, n) for each, dim in zip((dy, x, index), in_dims, strict=False))
@@ -602,27 +568,20 @@ class _Embedding(Function):
     @staticmethod
     def vmap(info, in_dims, x, w):
         n = info.batch_size
-        x, w = _front(x, in_dims[0], n), _front(w, in_dims[1], n)
+        x, w = ops.front(x, in_dims[0], n), ops.front(w, in_dims[1], n)
         return w.flatten(0, 1)[_own_rows(x, w.shape[1])], 0
 
 
+@ops.last("embedding")
 class _EmbeddingBack(Function):
     @staticmethod
     def forward(dy, x, rows):
         return dy.new_zeros(rows, dy.shape[-1]).index_add(0, x.flatten(), dy.flatten(0, -2))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("second derivatives of a batched embedding")
-
-    @staticmethod
     def vmap(info, in_dims, dy, x, rows):
         n = info.batch_size
-        dy, x = _front(dy, in_dims[0], n), _front(x, in_dims[1], n)
+        dy, x = ops.front(dy, in_dims[0], n), ops.front(x, in_dims[1], n)
         index = _own_rows(x, rows).flatten()
         made = dy.new_zeros(n * rows, dy.shape[-1]).index_add(0, index, dy.flatten(0, -2))
         return made.unflatten(0, (n, rows)), 0
@@ -647,26 +606,21 @@ class _CrossEntropy(Function):
 
     @staticmethod
     def vmap(info, in_dims, x, y, ignored):
-        x, y = (_front(each, dim, info.batch_size) for each, dim in zip((x, y), in_dims, strict=False))
+        x, y = ops.in_front(info, in_dims, (x, y))
         return ops.cross_entropy_forward(x, y, ignored), (0, 0)
 
 
+@ops.last("cross-entropy")
 class _CrossEntropyBack(Function):
     @staticmethod
     def forward(dl, p, y, ignored):
         return ops.cross_entropy_backward(dl, p, y, ignored)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("second derivatives of a batched cross-entropy")
-
-    @staticmethod
     def vmap(info, in_dims, dl, p, y, ignored):
-        given = (_front(each, dim, info.batch_size) for each, dim in zip((dl, p, y), in_dims, strict=False))
+        given = (
+            ops.front(each, dim, info.batch_size) for each, dim in zip((dl, p, y), in_dims, strict=False)
+        )
         return ops.cross_entropy_backward(*given, ignored), 0
 
 

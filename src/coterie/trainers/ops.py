@@ -22,6 +22,35 @@ def _operator(function: Callable[..., Any]) -> Any:
     return made
 
 
+def last(what: str) -> Callable[[type], type]:
+    """A class decorator for an autograd Function that is a gradient itself, and has none of its own."""
+
+    def setup_context(ctx, inputs, output):
+        pass
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"second derivatives of a batched {what}")
+
+    def finished(function: type) -> type:
+        function.setup_context = staticmethod(setup_context)  # type: ignore[attr-defined]
+        function.backward = staticmethod(backward)  # type: ignore[attr-defined]
+        return function
+
+    return finished
+
+
+def front(x: Any, dim: int | None, clients: int) -> Any:
+    """x with the clients as its first dimension."""
+    if x is None:
+        return None
+    return x.expand(clients, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def in_front(info: Any, in_dims: Sequence[int | None], given: Sequence[Any]) -> list[Any]:
+    """The same of several, in a batching rule; there may be more in_dims than tensors."""
+    return [front(each, dim, info.batch_size) for each, dim in zip(given, in_dims, strict=False)]
+
+
 def check(name: str, *pairs: tuple[Sequence[int] | None, Sequence[int]]) -> None:
     """Raise RuntimeError, as torch would, where a shape is not the one it must be: a kernel trusts them."""
     for found, wanted in pairs:

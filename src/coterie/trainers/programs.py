@@ -50,8 +50,9 @@ class Program:
     """calls [n, 2 + 2 * MOST]: kernels and their arguments, as run.c reads them.
 
     An argument may lie in a slot: the leaves of the state by path, then x, y, index and mask. moves: bytes by
-    which each slot grows with a step. fixed: nodes that no step changes, and where their values belong; they
-    are computed by torch for each client. alive: memory that the calls point to.
+    which each slot grows with a step. fixed: nodes that no step changes, and where their values belong;
+    torch computes them from the leaves `needed`, once where clients share these. alive: memory
+    that the calls point to.
     """
 
     calls: NDArray[np.int64]
@@ -271,12 +272,13 @@ def _pair(what: str) -> Callable[..., Tensor]:
 
 
 def _sum(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
-    size = [1 if d in {each % x.dim() for each in dims} else n for d, n in enumerate(x.shape)]
+    dims = [each % x.dim() for each in dims]
+    size = [1 if d in dims else n for d, n in enumerate(x.shape)]
     whole = torch.empty(size)
     zero = torch.zeros(())
     _elementwise("COPY", zero, zero, whole)
     _elementwise("ADD_TO", x, x, whole.expand(x.shape))
-    return whole if keepdim else whole.squeeze([each % x.dim() for each in dims])
+    return whole if keepdim else whole.squeeze(dims)
 
 
 def _threshold(slope: Tensor, x: Tensor, threshold: float) -> Tensor:

@@ -127,9 +127,10 @@ class Gru(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *given):
-        return gru_forward(*_in_front(info, in_dims, given)), (0, 0)
+        return gru_forward(*ops.in_front(info, in_dims, given)), (0, 0)
 
 
+@ops.last("GRU")
 class GruBack(torch.autograd.Function):
     """The way back through time."""
 
@@ -140,26 +141,10 @@ class GruBack(torch.autograd.Function):
         return made[0][0] if needs_x else made[0], *(each[0] for each in made[1:])
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError("second derivatives of a batched GRU")
-
-    @staticmethod
     def vmap(info, in_dims, *given):
         *tensors, needs_x = given
-        made = gru_backward(*_in_front(info, in_dims, tensors), needs_x)
+        made = gru_backward(*ops.in_front(info, in_dims, tensors), needs_x)
         return made, (0 if needs_x else None, 0, 0, 0, 0, 0)
-
-
-def _in_front(info, in_dims, given):
-    """Each tensor with the clients first."""
-    return [
-        each.expand(info.batch_size, *each.shape) if dim is None else each.movedim(dim, 0)
-        for each, dim in zip(given, in_dims, strict=False)
-    ]
 
 
 def _batch_first(x: Tensor) -> bool:

@@ -35,11 +35,6 @@ INLINE vec hyperbolic(vec x) {
 
 /* How many of a vector's floats from j on are among the first `size`. */
 INLINE int left(int64_t size, int64_t j) { return size - j >= VL ? VL : size > j ? (int)(size - j) : 0; }
-INLINE vec load_some(const float *p, int n) { return n == VL ? load(p) : load_part(p, n); }
-INLINE void store_some(float *p, vec v, int n) {
-    if (n == VL) store(p, v);
-    else store_part(p, v, n);
-}
 
 /* Ask for memory that the next step will need: it is in no near cache, and this step still has much to do. */
 INLINE void fetch(const float *p, int64_t apart, int lines) {

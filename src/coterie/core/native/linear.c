@@ -65,23 +65,23 @@ static void few_forward(const float *x, const float *w, float *y, int64_t rows, 
 /* One vector of columns of `outs` rows of w, all rows of the batch: dx += dy w with w as it was; then
    w += factor dy^T x, or dw = dy^T x where dw is another matrix. */
 INLINE void back(int outs, int wants_dx, int n_in, const float *dy, const float *x, const float *w, float *dw,
-                 float *dx, float factor, int64_t rows, int64_t in, int64_t out, int64_t row_of_x) {
-    vec old[8] = {}, sums[8] = {0};
+                 float *dx, float factor, int64_t rows, int64_t in, int64_t out) {
+    vec old[8] = {0}, sums[8] = {0};
     UNROLL for (int n = 0; n < outs; n++)
-        if (wants_dx || dw == w) old[n] = n_in == VL ? load(w + n * in) : load_part(w + n * in, n_in);
+        if (wants_dx || dw == w) old[n] = load_some(w + n * in, n_in);
     for (int64_t r = 0; r < rows; r++) {
-        vec row = n_in == VL ? load(x + r * row_of_x) : load_part(x + r * row_of_x, n_in), to = {0};
-        if (wants_dx) to = n_in == VL ? load(dx + r * in) : load_part(dx + r * in, n_in);
+        vec row = load_some(x + r * in, n_in), to = {0};
+        if (wants_dx) to = load_some(dx + r * in, n_in);
         UNROLL for (int n = 0; n < outs; n++) {
             vec slope = splat(dy[r * out + n]);
             sums[n] += slope * row;
             if (wants_dx) to += slope * old[n];
         }
-        if (wants_dx) { if (n_in == VL) store(dx + r * in, to); else store_part(dx + r * in, to, n_in); }
+        if (wants_dx) store_some(dx + r * in, to, n_in);
     }
     UNROLL for (int n = 0; n < outs; n++) {
         vec made = dw == w ? old[n] + factor * sums[n] : sums[n];
-        if (n_in == VL) store(dw + n * in, made); else store_part(dw + n * in, made, n_in);
+        store_some(dw + n * in, made, n_in);
     }
 }
 
@@ -89,9 +89,9 @@ INLINE void back_chunk(int outs, int wants_dx, int64_t columns, const float *dy,
                        float *dw, float *dx, float factor, int64_t rows, int64_t in, int64_t out) {
     int64_t k = 0;
     for (; k + VL <= columns; k += VL)
-        back(outs, wants_dx, VL, dy, x + k, w + k, dw + k, dx + k, factor, rows, in, out, in);
+        back(outs, wants_dx, VL, dy, x + k, w + k, dw + k, dx + k, factor, rows, in, out);
     if (k < columns)
-        back(outs, wants_dx, (int)(columns - k), dy, x + k, w + k, dw + k, dx + k, factor, rows, in, out, in);
+        back(outs, wants_dx, (int)(columns - k), dy, x + k, w + k, dw + k, dx + k, factor, rows, in, out);
 }
 
 INLINE void few_back(int wants_dx, int outs, const float *dy, const float *x, const float *w, float *dw,
@@ -206,10 +206,10 @@ void linear_backward(const float *dy, const float *x, float *w, float *dw, float
         float by = factor ? factor[c] : 1, *to = dx ? dx + c * rows * in : 0;
         if (to) memset(to, 0, sizeof(float) * (size_t)(rows * in));
         if (db) {
-            db += c ? out : 0;
-            memset(db, 0, sizeof(float) * (size_t)out);
+            float *sums = db + c * out;
+            memset(sums, 0, sizeof(float) * (size_t)out);
             for (int64_t r = 0; r < rows; r++)
-                for (int64_t n = 0; n < out; n++) db[n] += dy[r * out + n];
+                for (int64_t n = 0; n < out; n++) sums[n] += dy[r * out + n];
         }
         if (rows < MANY) {
             if (to) few_back(1, 4, dy, x, w, dw, to, by, rows, in, out);

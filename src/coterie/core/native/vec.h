@@ -46,6 +46,13 @@ INLINE void store_part(float *p, vec v, int n) {
 #endif
 }
 
+/* The same where n is mostly VL. */
+INLINE vec load_some(const float *p, int n) { return n == VL ? load(p) : load_part(p, n); }
+INLINE void store_some(float *p, vec v, int n) {
+    if (n == VL) store(p, v);
+    else store_part(p, v, n);
+}
+
 INLINE float sum(vec v) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)v);
