@@ -4,9 +4,12 @@ Written so that a kill at any moment leaves a run that can be resumed. What a ch
 elsewhere (schedules, experiment); how trees become bytes is `core.codec`. Read `runs.py` first.
 """
 
+from coterie.storage.blobs import Blob, Blobs, Corrupt
 from coterie.storage.checkpoints import Checkpoints
 from coterie.storage.files import load_tree, save_tree, write_atomic
 from coterie.storage.memories import Memories
 from coterie.storage.runs import RunFolder
 
-__all__ = ["Checkpoints", "Memories", "RunFolder", "load_tree", "save_tree", "write_atomic"]
+__all__ = [
+    "Blob", "Blobs", "Checkpoints", "Corrupt", "Memories", "RunFolder", "load_tree", "save_tree", "write_atomic",
+]  # fmt: skip

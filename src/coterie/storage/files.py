@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,14 +118,7 @@ def save_tree(path: Path, tree: Tree, meta: Mapping[str, Any], *, scratch: Path 
     Tensors are streamed from where they are; only views and tensors on other devices are copied first.
     Raises RunError as `write_atomic` does, TypeError for what cannot be stored, ValueError for NaN in `meta`.
     """
-    structure, tensors = encode(tree)
-    shape = bytearray(json.dumps(structure, separators=(",", ":"), allow_nan=False).encode())
-    tensors["structure"] = torch.frombuffer(shape, dtype=torch.uint8)
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{path}: safetensors files cannot hold {tensor.dtype} (tensor {name})")
-    # The widest elements first, so that every tensor is aligned in a file mapped into memory.
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    tensors = _tensors(tree)
     text = json.dumps(dict(meta), allow_nan=False)
     header = _header(tensors, {"meta": text, "sha256": _digest(text, tensors)})
 
@@ -137,11 +130,53 @@ def save_tree(path: Path, tree: Tree, meta: Mapping[str, Any], *, scratch: Path 
     write_atomic(path, stream, scratch=scratch)
 
 
+def dump_tree(tree: Tree) -> Iterator[bytes | memoryview]:
+    """The bytes of such a file, part by part, without metadata and checksum: for who keeps a digest himself.
+
+    The same tree gives the same bytes. Raises TypeError for what cannot be stored.
+    """
+    tensors = _tensors(tree)
+    yield _header(tensors, {})
+    yield from map(raw_bytes, tensors.values())
+
+
+def open_tree(path: Path) -> Tree:
+    """Read what `dump_tree` gave and its keeper has verified. Safe for bytes that anybody wrote.
+
+    Raises RunError naming the file and what is wrong when it is missing, cut short or not ours.
+    """
+    tensors, _ = _read(path)
+    return _decoded(path, tensors)
+
+
 def load_tree(path: Path) -> tuple[Tree, dict[str, Any]]:
     """Read a tree and its metadata back; the tensors are ordinary ones, in memory of their own.
 
     Raises RunError naming the file and what is wrong when it is missing, cut short, damaged or not ours.
     """
+    tensors, metadata = _read(path)
+    if not {"meta", "sha256"} <= metadata.keys():
+        raise _damaged(path, "it was not written by Coterie")
+    if _digest(metadata["meta"], tensors) != metadata["sha256"]:
+        raise _damaged(path, "its SHA-256 differs from the one it was written with")
+    try:
+        return _decoded(path, tensors), json.loads(metadata["meta"])
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _tensors(tree: Tree) -> dict[str, Tensor]:
+    """What the file of a tree holds. The widest elements first, so that all are aligned in a mapped file."""
+    structure, tensors = encode(tree)
+    shape = bytearray(json.dumps(structure, separators=(",", ":"), allow_nan=False).encode())
+    tensors["structure"] = torch.frombuffer(shape, dtype=torch.uint8)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"safetensors files cannot hold {tensor.dtype} (tensor {name})")
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -151,14 +186,16 @@ def load_tree(path: Path) -> tuple[Tree, dict[str, Any]]:
         raise RunError(f"{path} is missing") from error
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise _damaged(path, f"it is cut short or no safetensors file ({error})") from error
-    if not {"meta", "sha256"} <= metadata.keys() or "structure" not in tensors:
+    return tensors, metadata
+
+
+def _decoded(path: Path, tensors: dict[str, Tensor]) -> Tree:
+    if "structure" not in tensors:
         raise _damaged(path, "it was not written by Coterie")
-    if _digest(metadata["meta"], tensors) != metadata["sha256"]:
-        raise _damaged(path, "its SHA-256 differs from the one it was written with")
+    structure = tensors.pop("structure")
     try:
-        structure = json.loads(bytes(raw_bytes(tensors.pop("structure"))))
-        return decode(structure, tensors), json.loads(metadata["meta"])
-    except ValueError as error:
+        return decode(json.loads(bytes(raw_bytes(structure))), tensors)
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
 
 
