@@ -11,5 +11,6 @@ from coterie.storage.memories import Memories
 from coterie.storage.runs import RunFolder
 
 __all__ = [
-    "Blob", "Blobs", "Checkpoints", "Corrupt", "Memories", "RunFolder", "load_tree", "save_tree", "write_atomic",
+    "Blob", "Blobs", "Checkpoints", "Corrupt", "Memories", "RunFolder", "load_tree", "save_tree",
+    "write_atomic",
 ]  # fmt: skip
