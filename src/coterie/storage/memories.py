@@ -173,6 +173,12 @@ class Memories:
         for slot in dead:
             self._cached_bytes -= self._cache.pop(slot, (None, 0))[1]
 
+    def regain(self) -> None:
+        """Keep what was put on disk and not committed before this process began: its tasks were answered."""
+        self._spilled = set(
+            self._rows("select client, generation from generations where version is null", ())
+        )
+
     def close(self) -> None:
         """Let go of the file; a later call opens it again."""
         if self._folder is not None and self._file is not None:
