@@ -51,6 +51,7 @@ from coterie.data.partitions import (
     shards,
 )
 from coterie.data.population import Population, batches, populate
+from coterie.data.remote import own
 from coterie.data.sources import default_folders, download
 from coterie.data.statistics import Statistics, describe
 from coterie.data.tables import from_table
@@ -89,6 +90,7 @@ __all__ = [
     "log_normal",
     "mnist",
     "natural",
+    "own",
     "pathological",
     "pneumoniamnist",
     "populate",

@@ -14,6 +14,7 @@ from coterie.data import sources
 from coterie.data.arrays import from_npz, read_npz
 from coterie.data.idx import read_idx
 from coterie.data.images import Labelled, read_cifar_binary, read_jpegs
+from coterie.data.remote import at_sites
 from coterie.data.sources import HOMES, default_folders, find_file, find_folder
 from coterie.data.splits import normalise, split_rows
 from coterie.data.tables import from_table
@@ -192,6 +193,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "csv": from_table,
     "parquet": from_table,
     "npz": from_npz,
+    "sites": at_sites,
 }
 
 

@@ -76,7 +76,8 @@ class Dataset:
 
     classes: names by class index, None for a regression. prepare: stored inputs [b, ...] -> model inputs
     [b, ...], row by row: float32, or int64 for an embedding. weight: the key column that says what a row
-    weighs. Raises DataError when a class index has no name, or training and test shapes differ.
+    weighs. remote: the rows lie at sites, and those here stand in for them. Raises DataError when a class
+    index has no name, or training and test shapes differ.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Dataset:
     classes: tuple[str, ...] | None
     prepare: Callable[[Tensor], Tensor]
     weight: str | None = None
+    remote: bool = False
 
     def __post_init__(self) -> None:
         for part, examples in (("train", self.train), ("test", self.test)):

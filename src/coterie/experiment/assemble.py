@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,9 @@ def assemble(
     schedule = _schedule(config, population)
     trainer, note = _trainer(config, problem, algorithm, population, fit)
     test = _test(population)
-    problem.check(test[0][:2], test[1][:2], len(dataset.classes) if dataset.classes else None)
+    some = dataset.train if dataset.remote else None
+    inputs, targets = (dataset.prepare(some.x[:2]), some.y[:2]) if some else (test[0][:2], test[1][:2])
+    problem.check(inputs, targets, len(dataset.classes) if dataset.classes else None)
     made = Parts(
         config, population, problem, initial, local, algorithm, schedule, trainer, note, test, model, fit
     )
@@ -156,7 +158,13 @@ def load_dataset(config: Config, data_dir: Path | None = None) -> Dataset:
             return made
         train, test = made if isinstance(made, tuple) else (made, None)
         return from_torch(train, test, name=name)
-    provided = {"folders": data_folders(data_dir)}
+    provided: dict[str, Any] = {"folders": data_folders(data_dir)}
+    if name == "sites" and "test" in options:
+        loader = {
+            **parts.convert(options.pop("test"), dict[str, Any], "data.test"),
+            "partition": {"kind": "iid"},
+        }
+        provided["test"] = load_dataset(replace(config, data=loader), data_dir)
     return parts.build(DATASETS, {"dataset": name, **options}, "data", provided, by="dataset")  # type: ignore[no-any-return]
 
 
@@ -170,9 +178,11 @@ def load_population(config: Config, dataset: Dataset) -> Population:
 def resolved(config: Config) -> dict[str, Any]:
     """The config as plain values, every default filled in; `load` reads it back as the same experiment."""
     out = to_dict(config)
-    loader = {name: value for name, value in config.data.items() if name not in ("partition", "holdout")}
+    apart = ("partition", "holdout", *(["test"] if config.data["dataset"] == "sites" else []))
+    loader = {name: value for name, value in config.data.items() if name not in apart}
     if ":" not in config.data["dataset"]:
-        out["data"] = {**out["data"], **parts.resolve(DATASETS, loader, "data", ("folders",), by="dataset")}
+        given = ("folders", *apart[2:])
+        out["data"] = {**out["data"], **parts.resolve(DATASETS, loader, "data", given, by="dataset")}
     partition = parts.resolve(PARTITIONS, config.data["partition"], "data.partition", ("examples", "key"))
     out["data"] = {**out["data"], "partition": partition}
     if ":" not in config.model.get("kind", ":"):
@@ -342,6 +352,8 @@ def _test(population: Population) -> tuple[Tensor, Tensor]:
     dataset = population.dataset
     if dataset.test is not None:
         return dataset.prepare(dataset.test.x), dataset.test.y
+    if dataset.remote:
+        return dataset.prepare(dataset.train.x[:0]), dataset.train.y[:0]
     if isinstance(population.partition, Lazy):
         raise ConfigError(
             f"{dataset.name} has no test set, and its clients share rows, so none is held out from all",
@@ -366,6 +378,13 @@ def _refuse_pairs(made: Parts) -> None:
     """Refuse pairs of parts that cannot work together, with the reason and the way out."""
     algorithm, kind = made.config.algorithm, made.config.algorithm["kind"]
     waits = not isinstance(made.schedule, Buffered)
+    if made.population.dataset.remote and (
+        made.config.compare or getattr(made.schedule, "sampling", "") == "weighted"
+    ):
+        raise ConfigError(
+            "data.dataset = 'sites': the server has no rows to train baselines on or to weigh clients by",
+            'leave compare out, and use schedule.sampling = "uniform"',
+        )
     if algorithm.get("weighting") == "client" and made.population.weight is None:
         raise ConfigError(
             "algorithm.weighting = 'client': this data names no weights",
