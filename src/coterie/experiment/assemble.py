@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from coterie.schedules import SCHEDULES, STALENESS, Buffered, Gossip
 from coterie.schedules.synchronous import share
 from coterie.trainers import Custom, Loop, Problem, Vectorised
 
+log = logging.getLogger("coterie")
 TRAINERS = ("auto", "vectorised", "loop", "custom")
 AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = {"krum": krum, "mean": mean}
 
@@ -130,6 +132,16 @@ def worker_site(
     problem, _ = _problem(config, dataset, model)
     _, algorithm = _algorithm(config, len(population.clients))
     trainer = _made(kind, config, problem, fit)
+    return _site(population, problem, algorithm, trainer, memories)
+
+
+def site_of(config: Config, dataset: Dataset, memories: Store) -> Site:
+    """What answers the tasks of those of the config's clients whose data is here."""
+    population = load_population(config, dataset)
+    problem, _ = _problem(config, dataset, None)
+    _, algorithm = _algorithm(config, len(population.clients))
+    trainer, note = _trainer(config, problem, algorithm, population, None)
+    log.info("%s", note)
     return _site(population, problem, algorithm, trainer, memories)
 
 

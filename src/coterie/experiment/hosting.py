@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from coterie.backends import Site
 from coterie.backends.shards import listen
 from coterie.core.errors import CoterieError
 from coterie.core.types import ClientId, Lost, Reply, Task, Tree
-from coterie.experiment.assemble import assemble
-from coterie.experiment.config import load
+from coterie.data import Dataset, own
+from coterie.experiment.assemble import load_dataset, site_of
+from coterie.experiment.config import Config, load
 from coterie.storage import Blob, Blobs, Memories
 
 DEATHS = 3  # of the training process after which a task is given up
@@ -39,7 +39,8 @@ class Job:
     """What a site needs to train for one run; it travels to the child process.
 
     config: the run's, as plain values. folder: where relative paths of the config start. home: where this
-    run's memories are kept; blobs: the site's. limits: "cpus", "memory" (bytes), "nice".
+    run's memories are kept; blobs: the site's. site, data: who has data of its own, and how it is loaded.
+    trainer: what trains here, whatever the config says. limits: "cpus", "memory" (bytes), "nice".
     """
 
     config: Mapping[str, Any]
@@ -47,6 +48,9 @@ class Job:
     home: Path
     blobs: Path
     data_dir: Path | None = None
+    site: str = ""
+    data: Mapping[str, Any] | None = None
+    trainer: Any = None
     limits: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -193,13 +197,12 @@ class _Trained:
     """The child's state."""
 
     def __init__(self, job: Job, said: list[tuple[int, str]]) -> None:
-        config = replace(load(dict(job.config)), folder=job.folder)
-        parts = assemble(config, data_dir=job.data_dir)
+        config, dataset = _prepared(job)
         torch.set_num_threads(config.run["threads"])
         self.blobs, self.said = Blobs(job.blobs), said
         self.memories = Memories(job.home / "memories", cache_bytes=0)  # on disk before an answer is told
         self.memories.regain()
-        self.site: Site = parts.site(self.memories)
+        self.site = site_of(config, dataset, self.memories)
         self.down: tuple[str, Tree] = ("", None)
 
     def accepted(self, version: int, accepted: Mapping[ClientId, int], flying: Sequence[int]) -> None:
@@ -228,6 +231,24 @@ class _Trained:
         if digest != self.down[0]:
             self.down = (digest, self.blobs.read(digest))
         return self.down[1]
+
+
+def _prepared(job: Job) -> tuple[Config, Dataset]:
+    """The run's config and data, with what is the site's own in its place."""
+    told = dict(job.config)
+    told["backend"] = {**told.get("backend", {}), "kind": "inprocess", "workers": 1}
+    if job.trainer is not None:
+        told["backend"]["trainer"] = job.trainer
+    config = replace(load(told), folder=job.folder)
+    if job.data is None:
+        return config, load_dataset(config, job.data_dir)
+    wanted = {name: value for name, value in config.data.items() if name != "test"}
+    mine = {"holdout": 0.0, **job.data, "partition": {"kind": "iid"}}
+    return config, own(
+        load_dataset(replace(config, data=wanted), job.data_dir),
+        load_dataset(replace(config, data=mine), job.data_dir),
+        job.site,
+    )
 
 
 def _limit(limits: Mapping[str, int]) -> None:

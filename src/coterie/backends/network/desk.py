@@ -1,0 +1,223 @@
+"""What operators ask of a server, and how a site enrols: plain calls, one answer each or a stream of them.
+
+The server's half serves a `Desk`; the other half are functions over a channel. An error of Coterie's own
+crosses as its kind, message and hint, and is raised again where it was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, Protocol
+
+import grpc
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coterie.core.errors import ConfigError, CoterieError, DataError, Interrupted, RunError
+
+OPERATOR, ENROLMENT = "coterie.v1.Operator", "coterie.v1.Enrolment"
+FRAME = 4 << 20  # bytes of the largest call and answer
+KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, RunError, Interrupted)}
+Text = Annotated[str, Field(max_length=200_000)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class Call(BaseModel):
+    """What all calls share."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Submit(Call):
+    """A run to queue. config: TOML; signature: over its bytes, hexadecimal. code: digest of a package."""
+
+    config: Text
+    signature: Annotated[str, Field(max_length=200)] = ""
+    code: Annotated[str, Field(max_length=100)] = ""
+    quotas: Annotated[dict[Literal["rounds", "bytes", "seconds"], float], Field(max_length=3)] = {}
+
+
+class Which(Call):
+    """A run, by its name on the server."""
+
+    run: Name
+
+
+class Wanted(Call):
+    """A file of a run's folder, from a byte on."""
+
+    run: Name
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    start: Annotated[int, Field(ge=0)] = 0
+
+
+class Piece(Call):
+    """A package of code, in hexadecimal pieces: 1 MiB of bytes each at most."""
+
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    start: Annotated[int, Field(ge=0, lt=2**40)]
+    size: Annotated[int, Field(ge=0, lt=2**30)]
+    data: Annotated[str, Field(max_length=2 << 20)]
+
+
+class Enrol(Call):
+    """A token's id and secret, and a certificate signing request (PEM)."""
+
+    id: Annotated[str, Field(max_length=300)]
+    secret: Annotated[str, Field(max_length=100, repr=False)]
+    request: Annotated[str, Field(max_length=50_000)]
+
+
+class Desk(Protocol):
+    """What the server does for an operator; `who` is the identity of the certificate that asks."""
+
+    def submit(self, who: Any, call: Submit) -> str:
+        """Check and queue a run; return its name."""
+
+    def runs(self) -> list[dict[str, Any]]:
+        """What is known of every run."""
+
+    def sites(self) -> list[dict[str, Any]]:
+        """What is known of every site."""
+
+    def stop(self, run: str) -> None:
+        """Stop a run; it can be resumed."""
+
+    def resume(self, run: str) -> None:
+        """Queue a stopped, interrupted or failed run again."""
+
+    def delete(self, run: str) -> None:
+        """Remove a run that has ended, with all that it left."""
+
+    def watch(self, run: str) -> AsyncIterator[dict[str, Any]]:
+        """How it goes, from now on; the last has "status"."""
+
+    def fetch(self, run: str, file: str, start: int) -> AsyncIterator[bytes]:
+        """A file of its folder."""
+
+    def receive(self, who: Any, piece: Piece) -> int:
+        """Keep a piece of a package; return how many bytes of it are here."""
+
+
+def operator_service(desk: Desk, admit: Callable[[Any], Any]) -> grpc.GenericRpcHandler:
+    """The methods for operators. admit: awaited with a call's context; returns the identity or aborts."""
+
+    def one(kind: type[Call] | None, answer: Callable[[Any, Any], Any]) -> grpc.RpcMethodHandler:
+        async def handle(data: bytes, context: Any) -> bytes:
+            who = await admit(context)
+            try:
+                return json.dumps(answer(who, _parsed(kind, data))).encode()
+            except CoterieError as error:
+                return await _abort(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def many(kind: type[Call], answer: Callable[[Any], AsyncIterator[Any]]) -> grpc.RpcMethodHandler:
+        async def handle(data: bytes, context: Any) -> AsyncIterator[bytes]:
+            await admit(context)
+            try:
+                async for each in answer(_parsed(kind, data)):
+                    yield each if isinstance(each, bytes) else json.dumps(each).encode()
+            except CoterieError as error:
+                await _abort(context, error)
+
+        return grpc.unary_stream_rpc_method_handler(handle)
+
+    methods = {
+        "Submit": one(Submit, desk.submit),
+        "Piece": one(Piece, desk.receive),
+        "Runs": one(None, lambda who, call: desk.runs()),
+        "Sites": one(None, lambda who, call: desk.sites()),
+        "Stop": one(Which, lambda who, call: desk.stop(call.run)),
+        "Resume": one(Which, lambda who, call: desk.resume(call.run)),
+        "Delete": one(Which, lambda who, call: desk.delete(call.run)),
+        "Watch": many(Which, lambda call: desk.watch(call.run)),
+        "Fetch": many(Wanted, lambda call: desk.fetch(call.run, call.file, call.start)),
+    }
+    return grpc.method_handlers_generic_handler(OPERATOR, methods)
+
+
+def enrolment_service(enrol: Callable[[str, str, bytes], bytes]) -> grpc.GenericRpcHandler:
+    """The one method for who has no certificate yet. enrol: token's id, secret, request -> certificate."""
+
+    async def handle(data: bytes, context: Any) -> bytes:
+        try:
+            call = _parsed(Enrol, data)
+            return json.dumps(enrol(call.id, call.secret, call.request.encode()).decode()).encode()
+        except CoterieError as error:
+            return await _abort(context, error)
+
+    methods = {"Enrol": grpc.unary_unary_rpc_method_handler(handle)}
+    return grpc.method_handlers_generic_handler(ENROLMENT, methods)
+
+
+def ask(channel: grpc.Channel, method: str, call: Call | None = None, *, service: str = OPERATOR) -> Any:
+    """Make a call; return its answer. Raises what the server raised, RunError when it cannot be reached."""
+    with _raised():
+        return json.loads(channel.unary_unary(f"/{service}/{method}")(_bytes(call), timeout=60))
+
+
+def stream(channel: grpc.Channel, method: str, call: Call) -> Iterator[Any]:
+    """The answers to a call as they come: objects of `Watch`, bytes of `Fetch`."""
+    with _raised():
+        for data in channel.unary_stream(f"/{OPERATOR}/{method}")(_bytes(call)):
+            yield data if method == "Fetch" else json.loads(data)
+
+
+def channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+    """To a server. credentials None: without encryption, on purpose."""
+    options = [("grpc.max_receive_message_length", FRAME), ("grpc.max_send_message_length", FRAME)]
+    if credentials is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, credentials, options)
+
+
+@contextmanager
+def _raised() -> Iterator[None]:
+    """Raise what the other side told."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise problem_of(error) from None
+
+
+def problem_of(error: Any) -> CoterieError:
+    """The error that a failed call carries."""
+    code, details = error.code(), error.details() or ""
+    if code == grpc.StatusCode.FAILED_PRECONDITION:
+        try:
+            told: Mapping[str, str] = json.loads(details)
+            return KINDS[told["kind"]](told["message"], told["hint"])
+        except (ValueError, KeyError, TypeError):
+            pass
+    if code == grpc.StatusCode.PERMISSION_DENIED:
+        return RunError(f"the server refuses: {details}")
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return RunError(
+            f"the server cannot be reached: {details[:300]}",
+            "is it running, is the address right, and do its certificate and yours come from one authority?",
+        )
+    return RunError(f"the server failed: {code.name.lower().replace('_', ' ')}: {details[:300]}")
+
+
+def _parsed(kind: type[Call] | None, data: bytes) -> Any:
+    if kind is None:
+        return None
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{kind.__name__.lower()}: {where}: {first['msg'][:200]}") from None
+
+
+def _bytes(call: Call | None) -> bytes:
+    return b"" if call is None else call.model_dump_json().encode()
+
+
+async def _abort(context: Any, error: CoterieError) -> bytes:
+    kind = next((each.__name__ for each in type(error).__mro__ if each.__name__ in KINDS), "RunError")
+    problem = {"kind": kind, "message": str(error.args[0])[:1500], "hint": error.hint[:1500]}  # in a header
+    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, json.dumps(problem))
+    raise AssertionError

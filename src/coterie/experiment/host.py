@@ -1,0 +1,350 @@
+"""A site: what it agrees to, trains and lets out. The half of a federation that data holders run.
+
+The folder of a site holds its keys (`security.pki`), `policy.toml` (`security.policy`), `site.toml` (below),
+its ledger, the blobs that travel and, for each run, the clients' memories. A `Link` brings tasks here; each
+run trains in a process of its own (`hosting`); what leaves is written into the ledger first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import shutil
+import signal
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+
+from coterie import security
+from coterie.backends import telemetry
+from coterie.backends.network import Link, RunOpened
+from coterie.core import ClientId, Task
+from coterie.core.errors import ConfigError, CoterieError
+from coterie.experiment import parts
+from coterie.experiment.hosting import Done, Job, Training
+from coterie.storage import Blobs
+from coterie.storage.ledger import Ledger
+
+log = logging.getLogger("coterie")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """site.toml: what the site has, apart from what it allows.
+
+    data: name -> how the site's own data of that name is loaded (a data set's kind and options, as in a run's
+    [data]). code: folder of the Python files that a config may name, as far as the policy's `modules` allow.
+    trainer: what trains here, whatever the config says: { kind = "custom", fit = "train.py:fit" }. compress:
+    send and receive compressed. folder: where relative paths start.
+    """
+
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    code: Path | None = None
+    trainer: str | dict[str, Any] | None = None
+    compress: bool = False
+    folder: Path = field(default=Path(), compare=False)
+
+
+def settings(path: Path) -> Settings:
+    """Read site.toml; there need not be one. Raises ConfigError."""
+    if not path.exists():
+        return Settings(folder=path.parent)
+    try:
+        told = tomllib.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}", "see the guide to sites") from None
+    made = Settings(**parts.arguments(Settings, told, "", ("folder",), label="site.toml"), folder=path.parent)
+    for name, loader in made.data.items():
+        if "dataset" not in loader:
+            raise ConfigError(f"{path}: data.{name}.dataset: missing", 'name its kind: dataset = "csv"')
+    return made
+
+
+class Sender(Protocol):
+    """The part of a Link that a host uses."""
+
+    def answer(self, run: str, id: int, up: Any, weight: float, metrics: Any, samples: int) -> None:
+        """Answer a task."""
+
+    def fail(self, run: str, id: int, reason: str, detail: str) -> None:
+        """Give it up."""
+
+
+@dataclass
+class Running:
+    """A run that the site takes part in."""
+
+    training: Training
+    name: str
+
+
+class Host:
+    """A link's handler: checks each run against the policy, has it trained, and writes down what leaves.
+
+    home: the site's folder. sender: set once the link is there. policy, settings: read again for each run, so
+    that a change needs no restart.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        home: Path,
+        ledger: Ledger,
+        *,
+        config: Path | None = None,
+        keys: Path | None = None,
+        data_dir: Path | None = None,
+    ) -> None:
+        self.site, self.home, self.ledger, self.data_dir = site, home, ledger, data_dir
+        self.config, self.keys = config or home, keys or home
+        self.blobs = Blobs(home / "blobs")
+        self.running: dict[str, Running] = {}
+        self.broken: dict[str, str] = {}
+        self.sender: Sender
+        self.policy = self._policy()
+        settings(self.config / "site.toml")  # refuses a bad one now
+
+    async def opened(self, run: RunOpened) -> str:
+        """Take part, or say by which rule not."""
+        try:
+            self.policy = self._policy()
+            job, reason = self._job(run)
+        except CoterieError as error:
+            reason = f"site {self.site}: {error.args[0]}"
+        else:
+            if not reason and run.run not in self.running:
+                training = Training(
+                    job, lambda done: self._done(run.run, done), lambda why: self._broken(run.run, why)
+                )
+                self.running[run.run] = Running(training, run.name)
+        self.ledger.append(
+            "refused" if reason else "joined", run=run.run, config=run.config_digest, reason=reason
+        )
+        log.info("run %s: %s", run.run, f"refused: {reason}" if reason else "taking part")
+        return reason
+
+    def work(self, run: str, tasks: Sequence[Task]) -> None:
+        """Train these."""
+        if reason := self.broken.get(run, "" if run in self.running else "the run is not open here"):
+            for task in tasks:
+                self.sender.fail(run, task.id, reason, "")
+            return
+        self.running[run].training.give(tasks)
+
+    def dropped(self, run: str, ids: Sequence[int]) -> None:
+        """Nobody waits for these."""
+        if run in self.running:
+            self.running[run].training.drop(ids)
+
+    def accepted(
+        self, run: str, version: int, accepted: Mapping[ClientId, int], flying: Sequence[int]
+    ) -> None:
+        """A commit."""
+        if run in self.running:
+            self.running[run].training.accepted(version, accepted, flying)
+
+    def closed(self, run: str, status: str) -> None:
+        """The run has ended: what it left here goes."""
+        self.broken.pop(run, None)
+        if ended := self.running.pop(run, None):
+            ended.training.close()
+        if status in ("finished", "deleted"):
+            shutil.rmtree(self.home / "runs" / run, ignore_errors=True)
+        self.ledger.append("closed", run=run, status=status)
+        log.info("run %s: %s", run, status)
+
+    def progress(self, run: str) -> int:
+        """CPU time of the run's training."""
+        return self.running[run].training.progress() if run in self.running else 0
+
+    def close(self) -> None:
+        """End all training."""
+        for each in self.running.values():
+            each.training.close()
+
+    def _policy(self) -> security.Policy:
+        path = self.config / "policy.toml"
+        return security.Policy.load(path) if path.exists() else security.Policy()
+
+    def _job(self, run: RunOpened) -> tuple[Job, str]:
+        """What is to be trained, and why not, if so."""
+        mine = settings(self.config / "site.toml")
+        config = tomllib.loads(run.config)
+        data = config.get("data", {})
+        named = data.get("name", "") if data.get("dataset") == "sites" else data.get("dataset", "")
+        signer = signer_of(run, (self.keys / "ca.crt").read_bytes() if run.signer else b"")
+        asked = security.Job(
+            run=run.run,
+            config={**config, "data": {k: v for k, v in data.items() if k != "test"}},
+            config_digest=hashlib.sha256(run.config.encode()).hexdigest(),
+            signer=signer.name if signer else None,
+            signer_key=signer.signing_key if signer else b"",
+            code_digest=run.code.digest if run.code else None,
+            datasets=[named],
+            privacy=privacy_of(config),
+        )
+        reason = security.refusal(self.policy, asked)
+        own = None
+        if data.get("dataset") == "sites":
+            own = mine.data.get(named)
+            if own is None and not reason:
+                reason = f"site.toml: there is no data named {named[:80]!r}; there is: {', '.join(mine.data)}"
+        limits = self.policy.limits
+        allowed = {
+            "cpus": max(int(limits.cpu), 1) if limits.cpu else None,
+            "memory": int(limits.memory * 1e9) if limits.memory else None,
+        }
+        job = Job(
+            config=config,
+            folder=(mine.folder / mine.code) if mine.code else mine.folder,
+            home=self.home / "runs" / run.run,
+            blobs=self.blobs.folder,
+            data_dir=self.data_dir,
+            site=self.site,
+            data=own,
+            trainer=mine.trainer,
+            limits={name: value for name, value in allowed.items() if value is not None},
+        )
+        return job, f"site {self.site}: {reason}" if reason else ""
+
+    def _done(self, run: str, done: Done) -> None:
+        task = done.task
+        if done.up is None:
+            self.ledger.append("failed", run=run, task=task.id, client=task.client, reason=done.reason)
+            told = self.policy.tracebacks == "full"
+            reason = done.reason if told or not done.log else security.redacted(self.policy, done.log)
+            self.sender.fail(run, task.id, reason or "it failed", security.redacted(self.policy, done.log))
+            return
+        metrics = security.allowed_metrics(self.policy, done.metrics)
+        self.ledger.append(
+            "reply", run=run, task=task.id, client=task.client, what=task.kind, round=task.round,
+            digest=done.up.digest, bytes=done.up.size, weight=done.weight, metrics=metrics,
+            samples=done.samples,
+        )  # fmt: skip
+        self.sender.answer(run, task.id, done.up, done.weight, metrics, done.samples)
+
+    def _broken(self, run: str, why: str) -> None:
+        """The run cannot be trained here: all of its tasks are answered so."""
+        log.error("run %s cannot be trained here: %s", run, why)
+        self.broken[run] = f"site {self.site}: {why.splitlines()[0]}"
+        training = self.running[run].training
+        for id in list(training.doing):
+            training.drop([id])
+            self.sender.fail(run, id, self.broken[run], "")
+
+
+async def serve(
+    home: Path,
+    servers: Sequence[str],
+    *,
+    insecure_as: str | None = None,
+    keys: Path | None = None,
+    config: Path | None = None,
+    data_dir: Path | None = None,
+    metrics: str | None = None,
+    ready: Callable[[str], None] = lambda said: None,
+) -> None:
+    """Be a site until told to stop (SIGTERM, SIGINT). Raises ConfigError, Refused.
+
+    insecure_as: the site's name, to go without certificates and encryption. keys, config: folders of the keys
+    and of site.toml and policy.toml, where they are not in `home`. ready: told when first connected.
+    """
+    where = keys or home
+    mine = None if insecure_as else security.credentials(where)
+    site = insecure_as or mine.identity.name  # type: ignore[union-attr]
+    if mine is not None and mine.identity.role != "site":
+        raise ConfigError(f"{where}: the certificate is that of {mine.identity}", "a site's is needed")
+    signing = mine.signing_key if mine else hashlib.sha256(site.encode()).digest()
+    ledger = Ledger(home / "ledger.jsonl", partial(security.sign, signing), security.public_of(signing))
+    host = Host(site, home, ledger, config=config, keys=where, data_dir=data_dir)
+    state = {"connected": False}
+
+    def tell(what: str, **facts: Any) -> None:
+        log.info("%s %s", what, facts)
+        if what in ("connected", "disconnected"):
+            state["connected"] = what == "connected"
+            telemetry.CONNECTED.set(state["connected"])
+            telemetry.RECONNECTS.inc(what == "disconnected")
+        if what == "connected":
+            ready(f"site {site} is connected to {facts['server']}")
+
+    mine_now = settings(host.config / "site.toml")
+    link = Link(
+        servers,
+        None if mine is None else partial(_channel_credentials, where),
+        host.blobs,
+        host,
+        site=site,
+        answers=home / "answers",
+        sign=lambda data: security.sign(signing, data).hex(),
+        compress=mine_now.compress,
+        rate=host.policy.limits.bandwidth * 1e6 if host.policy.limits.bandwidth else None,
+        tell=tell,
+    )
+    host.sender = link
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, link.stop)
+    endpoint = (
+        telemetry.Endpoint(metrics, lambda: "" if state["connected"] else "not connected")
+        if metrics
+        else None
+    )
+    renewing = asyncio.ensure_future(_renewing(where, link)) if mine is not None else None
+    try:
+        await link.run()
+    finally:
+        if renewing:
+            renewing.cancel()
+        host.close()
+        ledger.close()
+        if endpoint:
+            endpoint.close()
+
+
+async def _renewing(keys: Path, link: Link) -> None:
+    """Replace the certificate in good time, again and again; what fails is tried again in an hour."""
+    while True:
+        due = security.renew_at(security.credentials(keys).certificate)
+        await asyncio.sleep(max((due - datetime.now(UTC)).total_seconds(), 0))
+        try:
+            pem = await link.renew(security.renewal(keys))
+            security.install(keys, pem)
+            log.info("the certificate is renewed")
+        except CoterieError as error:
+            log.warning("the certificate could not be renewed: %s", error)
+            await asyncio.sleep(3600)
+
+
+def _channel_credentials(keys: Path) -> grpc.ChannelCredentials:
+    mine = security.credentials(keys)
+    return grpc.ssl_channel_credentials(mine.ca, mine.key, mine.certificate)
+
+
+def signer_of(run: RunOpened, ca: bytes) -> security.Identity | None:
+    """The operator who signed the config; None when nobody did. Raises Untrusted when it is not right."""
+    if not run.signer:
+        return None
+    who = security.verified(run.signer.encode(), ca, role="operator")
+    signed = security.canonical("config", {"config": run.config})
+    if not security.verify(who.signing_key, signed, bytes.fromhex(run.signature)):
+        raise security.Untrusted(f"the signature of operator {who.name} does not fit the config")
+    return who
+
+
+def privacy_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config promises: of clipping, noise and secure aggregation."""
+    found: dict[str, Any] = {}
+    for each in config.get("transforms", []):
+        if each.get("kind") == "clip":
+            found["clipping_norm"] = each.get("norm")
+        if each.get("kind") == "noise":
+            found["noise_multiplier"] = each.get("multiplier")
+    return found
