@@ -56,6 +56,7 @@ def site(
             data_dir=data_dir,
             metrics=metrics,
             ready=typer.echo,
+            started=host.stop_at_signals,
         ),
         text=log_text,
         tied=tied,

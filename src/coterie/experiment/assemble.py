@@ -135,6 +135,11 @@ def worker_site(
     return _site(population, problem, algorithm, trainer, memories)
 
 
+def algorithm_of(config: Config) -> Algorithm:
+    """The algorithm of a config, as its clients use it."""
+    return _algorithm(config, 1)[1]
+
+
 def site_of(config: Config, dataset: Dataset, memories: Store) -> Site:
     """What answers the tasks of those of the config's clients whose data is here."""
     population = load_population(config, dataset)

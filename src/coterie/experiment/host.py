@@ -77,19 +77,35 @@ class Sender(Protocol):
         """Give it up."""
 
 
-@dataclass
-class Running:
-    """A run that the site takes part in."""
+class Work(Protocol):
+    """Who trains for one run: see `hosting.Training`."""
 
-    training: Training
-    name: str
+    doing: dict[int, Task]
+
+    def give(self, tasks: Sequence[Task]) -> None:
+        """Train these."""
+
+    def drop(self, ids: Sequence[int]) -> None:
+        """Nobody waits for these."""
+
+    def accepted(self, version: int, accepted: Mapping[ClientId, int], flying: Sequence[int]) -> None:
+        """A commit."""
+
+    def progress(self) -> int:
+        """A number that grows with work."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+Begin = Callable[[Job, Callable[[Done], None], Callable[[str], None]], Work]
 
 
 class Host:
     """A link's handler: checks each run against the policy, has it trained, and writes down what leaves.
 
-    home: the site's folder. sender: set once the link is there. policy, settings: read again for each run, so
-    that a change needs no restart.
+    home: the site's folder. begin: makes what trains for a run. sender: set once the link is there. Policy
+    and settings are read again for each run, so that a change needs no restart.
     """
 
     def __init__(
@@ -101,11 +117,13 @@ class Host:
         config: Path | None = None,
         keys: Path | None = None,
         data_dir: Path | None = None,
+        begin: Begin = Training,
     ) -> None:
         self.site, self.home, self.ledger, self.data_dir = site, home, ledger, data_dir
+        self.begin = begin
         self.config, self.keys = config or home, keys or home
         self.blobs = Blobs(home / "blobs")
-        self.running: dict[str, Running] = {}
+        self.running: dict[str, Work] = {}
         self.broken: dict[str, str] = {}
         self.sender: Sender
         self.policy = self._policy()
@@ -120,10 +138,9 @@ class Host:
             reason = f"site {self.site}: {error.args[0]}"
         else:
             if not reason and run.run not in self.running:
-                training = Training(
-                    job, lambda done: self._done(run.run, done), lambda why: self._broken(run.run, why)
+                self.running[run.run] = self.begin(
+                    job, partial(self._done, run.run), partial(self._broken, run.run)
                 )
-                self.running[run.run] = Running(training, run.name)
         self.ledger.append(
             "refused" if reason else "joined", run=run.run, config=run.config_digest, reason=reason
         )
@@ -136,25 +153,25 @@ class Host:
             for task in tasks:
                 self.sender.fail(run, task.id, reason, "")
             return
-        self.running[run].training.give(tasks)
+        self.running[run].give(tasks)
 
     def dropped(self, run: str, ids: Sequence[int]) -> None:
         """Nobody waits for these."""
         if run in self.running:
-            self.running[run].training.drop(ids)
+            self.running[run].drop(ids)
 
     def accepted(
         self, run: str, version: int, accepted: Mapping[ClientId, int], flying: Sequence[int]
     ) -> None:
         """A commit."""
         if run in self.running:
-            self.running[run].training.accepted(version, accepted, flying)
+            self.running[run].accepted(version, accepted, flying)
 
     def closed(self, run: str, status: str) -> None:
         """The run has ended: what it left here goes."""
         self.broken.pop(run, None)
         if ended := self.running.pop(run, None):
-            ended.training.close()
+            ended.close()
         if status in ("finished", "deleted"):
             shutil.rmtree(self.home / "runs" / run, ignore_errors=True)
         self.ledger.append("closed", run=run, status=status)
@@ -162,12 +179,12 @@ class Host:
 
     def progress(self, run: str) -> int:
         """CPU time of the run's training."""
-        return self.running[run].training.progress() if run in self.running else 0
+        return self.running[run].progress() if run in self.running else 0
 
     def close(self) -> None:
         """End all training."""
         for each in self.running.values():
-            each.training.close()
+            each.close()
 
     def _policy(self) -> security.Policy:
         path = self.config / "policy.toml"
@@ -234,7 +251,7 @@ class Host:
         """The run cannot be trained here: all of its tasks are answered so."""
         log.error("run %s cannot be trained here: %s", run, why)
         self.broken[run] = f"site {self.site}: {why.splitlines()[0]}"
-        training = self.running[run].training
+        training = self.running[run]
         for id in list(training.doing):
             training.drop([id])
             self.sender.fail(run, id, self.broken[run], "")
@@ -249,64 +266,71 @@ async def serve(
     config: Path | None = None,
     data_dir: Path | None = None,
     metrics: str | None = None,
+    begin: Begin = Training,
     ready: Callable[[str], None] = lambda said: None,
+    started: Callable[[Link], None] = lambda link: None,
 ) -> None:
-    """Be a site until told to stop (SIGTERM, SIGINT). Raises ConfigError, Refused.
+    """Be a site until its link is stopped. Raises ConfigError, Refused.
 
     insecure_as: the site's name, to go without certificates and encryption. keys, config: folders of the keys
-    and of site.toml and policy.toml, where they are not in `home`. ready: told when first connected.
+    and of site.toml and policy.toml, where they are not in `home`. started: given the link. ready: told at
+    each connection.
     """
     where = keys or home
     mine = None if insecure_as else security.credentials(where)
-    site = insecure_as or mine.identity.name  # type: ignore[union-attr]
     if mine is not None and mine.identity.role != "site":
         raise ConfigError(f"{where}: the certificate is that of {mine.identity}", "a site's is needed")
+    site = mine.identity.name if mine else str(insecure_as)
     signing = mine.signing_key if mine else hashlib.sha256(site.encode()).digest()
-    ledger = Ledger(home / "ledger.jsonl", partial(security.sign, signing), security.public_of(signing))
-    host = Host(site, home, ledger, config=config, keys=where, data_dir=data_dir)
-    state = {"connected": False}
+    with Ledger(
+        home / "ledger.jsonl", partial(security.sign, signing), security.public_of(signing)
+    ) as ledger:
+        host = Host(site, home, ledger, config=config, keys=where, data_dir=data_dir, begin=begin)
+        connected = False
 
-    def tell(what: str, **facts: Any) -> None:
-        log.info("%s %s", what, facts)
-        if what in ("connected", "disconnected"):
-            state["connected"] = what == "connected"
-            telemetry.CONNECTED.set(state["connected"])
-            telemetry.RECONNECTS.inc(what == "disconnected")
-        if what == "connected":
-            ready(f"site {site} is connected to {facts['server']}")
+        def tell(what: str, **facts: Any) -> None:
+            nonlocal connected
+            log.info("%s %s", what, facts)
+            if what in ("connected", "disconnected"):
+                connected = what == "connected"
+                telemetry.CONNECTED.set(connected)
+                telemetry.RECONNECTS.inc(not connected)
+            if what == "connected":
+                ready(f"site {site} is connected to {facts['server']}")
 
-    mine_now = settings(host.config / "site.toml")
-    link = Link(
-        servers,
-        None if mine is None else partial(_channel_credentials, where),
-        host.blobs,
-        host,
-        site=site,
-        answers=home / "answers",
-        sign=lambda data: security.sign(signing, data).hex(),
-        compress=mine_now.compress,
-        rate=host.policy.limits.bandwidth * 1e6 if host.policy.limits.bandwidth else None,
-        tell=tell,
-    )
-    host.sender = link
+        bandwidth = host.policy.limits.bandwidth
+        link = host.sender = Link(
+            servers,
+            partial(_channel_credentials, where) if mine else None,
+            host.blobs,
+            host,
+            site=site,
+            answers=home / "answers",
+            sign=lambda data: security.sign(signing, data).hex(),
+            compress=settings(host.config / "site.toml").compress,
+            rate=bandwidth * 1e6 if bandwidth else None,
+            tell=tell,
+        )
+        started(link)
+        endpoint = (
+            telemetry.Endpoint(metrics, lambda: "" if connected else "not connected") if metrics else None
+        )
+        renewing = asyncio.ensure_future(_renewing(where, link)) if mine else None
+        try:
+            await link.run()
+        finally:
+            if renewing:
+                renewing.cancel()
+            host.close()
+            if endpoint:
+                endpoint.close()
+
+
+def stop_at_signals(link: Link) -> None:
+    """SIGTERM and Ctrl-C end the site in good order."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, link.stop)
-    endpoint = (
-        telemetry.Endpoint(metrics, lambda: "" if state["connected"] else "not connected")
-        if metrics
-        else None
-    )
-    renewing = asyncio.ensure_future(_renewing(where, link)) if mine is not None else None
-    try:
-        await link.run()
-    finally:
-        if renewing:
-            renewing.cancel()
-        host.close()
-        ledger.close()
-        if endpoint:
-            endpoint.close()
 
 
 async def _renewing(keys: Path, link: Link) -> None:
