@@ -7,7 +7,7 @@ crosses as its kind, message and hint, and is raised again where it was asked fo
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Protocol
 
@@ -171,6 +171,28 @@ def channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.C
     if credentials is None:
         return grpc.insecure_channel(address, options)
     return grpc.secure_channel(address, credentials, options)
+
+
+@contextmanager
+def reached(
+    addresses: Sequence[str], credentials: grpc.ChannelCredentials | None, within: float = 10.0
+) -> Iterator[grpc.Channel]:
+    """A channel to the first of these servers that is up; standbys are not. Raises RunError when none is."""
+    failure: CoterieError | None = None
+    for address in addresses:
+        with channel(address, credentials) as made:
+            try:
+                grpc.channel_ready_future(made).result(within / len(addresses))
+            except grpc.FutureTimeoutError:
+                failure = RunError(
+                    f"server {address} does not answer within {within / len(addresses):g} s",
+                    "is it running, and do its certificate and yours come from one authority?",
+                )
+                continue
+            yield made
+            return
+    assert failure is not None
+    raise failure
 
 
 @contextmanager
