@@ -44,7 +44,7 @@ def submit(
     insecure: Insecure = False,
 ) -> None:
     """Give a server an experiment to run on its sites."""
-    from coterie.backends.network import desk  # noqa: PLC0415
+    from coterie.backends.network import operators as desk  # noqa: PLC0415
     from coterie.experiment.config import load, to_toml  # noqa: PLC0415
 
     text = to_toml(load(config, overrides or ()))
@@ -116,7 +116,7 @@ def fetch(
     insecure: Insecure = False,
 ) -> None:
     """Copy a run's folder here: result.json, report.html, metrics.jsonl, the model."""
-    from coterie.backends.network import desk  # noqa: PLC0415
+    from coterie.backends.network import operators as desk  # noqa: PLC0415
     from coterie.errors import ConfigError  # noqa: PLC0415
     from coterie.storage.files import make_folder, write_atomic  # noqa: PLC0415
 
@@ -132,7 +132,7 @@ def fetch(
 
 
 def _one(channel: Any, run: str) -> dict[str, Any]:
-    from coterie.backends.network import desk  # noqa: PLC0415
+    from coterie.backends.network import operators as desk  # noqa: PLC0415
     from coterie.errors import ConfigError  # noqa: PLC0415
 
     for each in desk.ask(channel, "Runs"):
@@ -143,7 +143,7 @@ def _one(channel: Any, run: str) -> dict[str, Any]:
 
 def _watch(channel: Any, run: str, as_json: bool) -> None:
     """Show the run until it ends; raise what it ended with."""
-    from coterie.backends.network import desk  # noqa: PLC0415
+    from coterie.backends.network import operators as desk  # noqa: PLC0415
     from coterie.errors import Interrupted, RunError  # noqa: PLC0415
     from coterie.experiment.records import Progress  # noqa: PLC0415
 
@@ -169,7 +169,7 @@ def _watch(channel: Any, run: str, as_json: bool) -> None:
 def _table(
     title: str, columns: tuple[str, ...], server: str, identity: Path | None, as_json: bool, insecure: bool
 ) -> None:
-    from coterie.backends.network import desk  # noqa: PLC0415
+    from coterie.backends.network import operators as desk  # noqa: PLC0415
 
     with _connected(server, identity, insecure) as (channel, _):
         rows = desk.ask(channel, title)
@@ -187,7 +187,7 @@ def _table(
 
 
 def _tell(method: str, run: str, server: str, identity: Path | None, insecure: bool) -> None:
-    from coterie.backends.network import desk  # noqa: PLC0415
+    from coterie.backends.network import operators as desk  # noqa: PLC0415
 
     with _connected(server, identity, insecure) as (channel, _):
         desk.ask(channel, method, desk.Which(run=run))
@@ -197,7 +197,7 @@ def _tell(method: str, run: str, server: str, identity: Path | None, insecure: b
 @contextmanager
 def _connected(server: str, identity: Path | None, insecure: bool) -> Iterator[tuple[Any, Any]]:
     """A channel to the first server that answers, and the operator's credentials."""
-    from coterie.backends.network import desk  # noqa: PLC0415
+    from coterie.backends.network import operators as desk  # noqa: PLC0415
     from coterie.cli.running import split_addresses  # noqa: PLC0415
     from coterie.errors import ConfigError  # noqa: PLC0415
 

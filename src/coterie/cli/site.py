@@ -70,7 +70,7 @@ def enrol(
     """Get a site's certificate with a one-time token; the private keys stay here."""
     import grpc  # noqa: PLC0415
 
-    from coterie.backends.network import desk  # noqa: PLC0415
+    from coterie.backends.network import operators as desk  # noqa: PLC0415
     from coterie.errors import CoterieError  # noqa: PLC0415
     from coterie.security import Token, install, new_key, request_of  # noqa: PLC0415
 
