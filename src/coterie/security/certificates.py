@@ -5,10 +5,9 @@ A party is named by the one URI of its certificate's subject alternative names t
     coterie://site/hospital-a        role / name; the role is server, site or operator
 
 TLS uses ECDSA P-256 (gRPC's TLS has no Ed25519). Beside its TLS key a party has an Ed25519 key for what it
-signs; its public half is in the extension `SIGNING_KEY` of the certificate, put there by the authority:
+signs. The extension `SIGNING_KEY` of its request, which the authority copies into the certificate, is an
 
-    in a certificate   OCTET STRING (public key, 32 bytes)
-    in a request       OCTET STRING (public key, 32 bytes; its signature of the request's TLS key, 64 bytes)
+    OCTET STRING: the public Ed25519 key, 32 bytes; its signature of the TLS key, 64 bytes
 """
 
 from __future__ import annotations
@@ -134,7 +133,8 @@ def signed(
     Raises Untrusted for a request that proves too little or asks for another identity, ConfigError else.
     """
     check_name(name)
-    asked, public, signing_key = read_request(csr_pem)
+    asked, public, _ = read_request(csr_pem)
+    binding = _signing_extension(x509.load_pem_x509_csr(csr_pem).extensions)
     role = check_role(role)
     if asked is not None and asked != (role, name):
         raise Untrusted(f"the request is for {' '.join(asked)!r}, not for '{role} {name}'")
@@ -159,7 +159,7 @@ def signed(
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(_issued_by(authority), critical=False)
-        .add_extension(x509.UnrecognizedExtension(SIGNING_KEY, b"\x04\x20" + signing_key), critical=False)
+        .add_extension(x509.UnrecognizedExtension(SIGNING_KEY, binding), critical=False)
         .sign(key, hashes.SHA256())
     )
     return made.public_bytes(serialization.Encoding.PEM)
@@ -207,7 +207,7 @@ def verified(
     except (VerificationError, ValueError):
         signer = leaf.issuer.rfc4514_string()[:200]
         raise Untrusted(
-            f"the certificate of {found} was not signed by an authority that is trusted here, but by {signer}"
+            f"the certificate of {found} was not signed by an authority trusted here: its issuer is {signer!r}"
         ) from None
     _check_purpose(leaf, found)
     if role is not None and found.role != role:
@@ -243,11 +243,9 @@ def read_request(csr_pem: bytes) -> tuple[tuple[str, str] | None, ec.EllipticCur
     if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP256R1):
         raise Untrusted("the request's key is not ECDSA P-256", "make it with: coterie pki request")
     binding = _signing_extension(extensions)
-    if binding[:2] != b"\x04\x60" or len(binding) != 98:
+    if not binding:
         raise Untrusted("the request carries no signing key", "make it with: coterie pki request")
-    if not signing.verify(binding[2:34], _bound(public), binding[34:]):
-        raise Untrusted("the request's signing key did not sign its TLS key")
-    return _claim(extensions), public, binding[2:34]
+    return _claim(extensions), public, _proved(binding, public)
 
 
 def hosts_of(cert_pem: bytes) -> tuple[str, ...]:
@@ -274,11 +272,14 @@ def _identity(certificate: x509.Certificate) -> Identity:
             "the certificate names no party",
             "it needs one URI such as coterie://site/NAME among its subject alternative names",
         )
-    key = _signing_extension(extensions)
-    if key and (key[:2] != b"\x04\x20" or len(key) != 34):
-        raise Untrusted("the certificate's signing key is malformed")
+    binding, public = _signing_extension(extensions), _readable(certificate.public_key)
+    if binding and not isinstance(public, ec.EllipticCurvePublicKey):
+        raise Untrusted("the certificate's key is not ECDSA")
     role, name = claim
-    return Identity(name, check_role(role), certificate.serial_number, key[2:])
+    signing_key = (
+        _proved(binding, public) if isinstance(public, ec.EllipticCurvePublicKey) and binding else b""
+    )
+    return Identity(name, check_role(role), certificate.serial_number, signing_key)
 
 
 def _claim(extensions: x509.Extensions) -> tuple[str, str] | None:
@@ -321,6 +322,14 @@ def _readable(read: Callable[[], T]) -> T | None:
 def _signing_extension(extensions: x509.Extensions) -> bytes:
     found = [each.value for each in extensions if each.oid == SIGNING_KEY]
     return found[0].value if found and isinstance(found[0], x509.UnrecognizedExtension) else b""
+
+
+def _proved(binding: bytes, public: ec.EllipticCurvePublicKey) -> bytes:
+    """The signing key of an extension, which must have signed the TLS key. Raises Untrusted."""
+    key, proof = binding[2:34], binding[34:]
+    if binding[:2] != b"\x04\x60" or not signing.verify(key, _bound(public), proof):
+        raise Untrusted("the signing key did not sign the TLS key beside it")
+    return key
 
 
 def _bound(public: ec.EllipticCurvePublicKey) -> bytes:
