@@ -27,7 +27,10 @@ KNOWS: dict[str, set[str]] = {
 }
 KNOWS["experiment"] = set(KNOWS) - {"dashboard"}
 KNOWS["__main__"] = {"cli"}
-KNOWS["cli"] = {"experiment", "data", "core"}
+KNOWS["cli"] = {"experiment", "data", "core", "security", "storage"}
+for known in KNOWS.values():
+    known.add("errors")
+KNOWS["errors"] = set()
 FACE = "__init__"  # coterie/__init__.py shows the public names of every room, so no room may import it
 
 

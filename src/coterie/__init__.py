@@ -29,8 +29,8 @@ if TYPE_CHECKING:
         scaffold,
     )
     from coterie.core import Aggregator, Algorithm, ClientWork, Key, Optimizer, derive, rng
-    from coterie.core.errors import ConfigError, CoterieError, DataError, Interrupted, RunError
     from coterie.data import ClientData, Dataset, Examples, from_torch
+    from coterie.errors import ConfigError, CoterieError, DataError, Interrupted, RunError
     from coterie.experiment import Config, Progress, Result, SweepProgress, SweepResult, load, run, sweep
     from coterie.trainers import Context, Fit
 
@@ -41,7 +41,7 @@ _ROOMS = {
         "fedsgd", "fedyogi", "scaffold",
     ),
     "coterie.core": ("Aggregator", "Algorithm", "ClientWork", "Key", "Optimizer", "derive", "rng"),
-    "coterie.core.errors": ("ConfigError", "CoterieError", "DataError", "Interrupted", "RunError"),
+    "coterie.errors": ("ConfigError", "CoterieError", "DataError", "Interrupted", "RunError"),
     "coterie.data": ("ClientData", "Dataset", "Examples", "from_torch"),
     "coterie.experiment": (
         "Config", "Progress", "Result", "SweepProgress", "SweepResult", "load", "run", "sweep",

@@ -10,12 +10,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from coterie.cli.audit import audit
 from coterie.cli.compare import compare
 from coterie.cli.data import data
 from coterie.cli.doctor import doctor
 from coterie.cli.init import init
+from coterie.cli.pki import pki
 from coterie.cli.run import run
 from coterie.cli.sweep import sweep
+from coterie.errors import ConfigError, CoterieError, DataError, Interrupted
 
 
 class Commands(TyperGroup):
@@ -45,7 +48,8 @@ app = typer.Typer(
 )
 for command in (run, sweep, compare, init, doctor):
     app.command()(command)
-app.add_typer(data, name="data")
+for name, group in (("data", data), ("pki", pki), ("audit", audit)):
+    app.add_typer(group, name=name)
 
 
 def main() -> None:
@@ -77,8 +81,6 @@ def _explain(error: Exception) -> int:
     """Print the error and its hint on stderr; return the exit code."""
     from rich.console import Console  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
-
-    from coterie.core.errors import ConfigError, CoterieError, DataError, Interrupted  # noqa: PLC0415
 
     message, hint, code = f"{type(error).__name__}: {error}", "COTERIE_DEBUG=1 shows where it came from", 1
     if isinstance(error, CoterieError):

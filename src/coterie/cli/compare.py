@@ -12,7 +12,7 @@ from coterie.cli.progress import emit
 
 def check_picture(out: Path | None) -> None:
     """Refuse a picture that could not be written, before the work for it is done. Raises ConfigError."""
-    from coterie.core.errors import ConfigError  # noqa: PLC0415
+    from coterie.errors import ConfigError  # noqa: PLC0415
 
     if out and out.suffix not in (".html", ".png"):
         raise ConfigError(f"--out {out}: the file must end in .html or .png")
@@ -33,7 +33,7 @@ def compare(
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    from coterie.core.errors import ConfigError  # noqa: PLC0415
+    from coterie.errors import ConfigError  # noqa: PLC0415
     from coterie.experiment import plots, report  # noqa: PLC0415
 
     check_picture(out)

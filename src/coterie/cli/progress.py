@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +40,13 @@ def display(as_json: bool, quiet: bool) -> Iterator[Watch]:
 def emit(value: Mapping[str, Any]) -> None:
     """Print one JSON object on a line of its own; what is not finite becomes null, as JSON has it not."""
     typer.echo(json.dumps(_json(value)))
+
+
+def columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of which nothing is cut off, however narrow the terminal."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    for row in (titles, *rows):
+        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def line(progress: Moment) -> str:

@@ -41,7 +41,7 @@ def run(
 ) -> None:
     """Run an experiment."""
     from coterie import experiment  # noqa: PLC0415
-    from coterie.core.errors import CoterieError, Interrupted, RunError  # noqa: PLC0415
+    from coterie.errors import CoterieError, Interrupted, RunError  # noqa: PLC0415
     from coterie.experiment.config import load  # noqa: PLC0415
 
     settings = load(config, overrides or ())

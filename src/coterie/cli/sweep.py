@@ -43,7 +43,7 @@ def sweep(
 ) -> None:
     """Run every combination of some values, several at a time; again, it finishes what is missing."""
     from coterie import experiment  # noqa: PLC0415
-    from coterie.core.errors import RunError  # noqa: PLC0415
+    from coterie.errors import RunError  # noqa: PLC0415
 
     with _display(as_json or quiet) as watch:
         result = experiment.sweep(

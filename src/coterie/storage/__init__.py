@@ -7,10 +7,11 @@ elsewhere (schedules, experiment); how trees become bytes is `core.codec`. Read 
 from coterie.storage.blobs import Blob, Blobs, Corrupt
 from coterie.storage.checkpoints import Checkpoints
 from coterie.storage.files import load_tree, save_tree, write_atomic
+from coterie.storage.ledger import Entry, Head, Ledger, Tampered, verify
 from coterie.storage.memories import Memories
 from coterie.storage.runs import RunFolder
 
 __all__ = [
-    "Blob", "Blobs", "Checkpoints", "Corrupt", "Memories", "RunFolder", "load_tree", "save_tree",
-    "write_atomic",
+    "Blob", "Blobs", "Checkpoints", "Corrupt", "Entry", "Head", "Ledger", "Memories", "RunFolder", "Tampered",
+    "load_tree", "save_tree", "verify", "write_atomic",
 ]  # fmt: skip

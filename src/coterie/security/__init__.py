@@ -1,0 +1,38 @@
+"""Who is who, and what a site allows: certificates, enrolment, signatures, policy. Needs no torch.
+
+Read `pki` first (an authority and a party are folders), then `certificates` (how a certificate names a
+party), `enrolment` (how a site gets its first one), `signing` and `policy`. Sockets do not live here, nor
+the process that runs a site's work; the ledger of what left is `storage.ledger`.
+"""
+
+from coterie.security.certificates import (
+    Identity,
+    Role,
+    Untrusted,
+    hosts_of,
+    identity_of,
+    read_request,
+    renew_at,
+    verified,
+)
+from coterie.security.enrolment import Record, Token, make, redeem
+from coterie.security.pki import (
+    Authority,
+    Credentials,
+    Issued,
+    credentials,
+    install,
+    load_signing_key,
+    new_key,
+    renewal,
+    request_of,
+)
+from coterie.security.policy import Job, Limits, Policy, Privacy, allowed_metrics, redacted, refusal
+from coterie.security.signing import canonical, public_of, sign, verify
+
+__all__ = [
+    "Authority", "Credentials", "Identity", "Issued", "Job", "Limits", "Policy", "Privacy", "Record", "Role",
+    "Token", "Untrusted", "allowed_metrics", "canonical", "credentials", "hosts_of", "identity_of", "install",
+    "load_signing_key", "make", "new_key", "public_of", "read_request", "redacted", "redeem", "refusal",
+    "renew_at", "renewal", "request_of", "sign", "verified", "verify",
+]  # fmt: skip

@@ -1,0 +1,272 @@
+"""A ledger: what a party sent, and what was sent to it, in a file that cannot be changed unnoticed.
+
+Each line is one JSON object, {"entry": {...}, "signature": "..."}. An entry holds its number, its time, the
+SHA-256 of the line before it, and facts; the party's Ed25519 key signs it. Beside the ledger lies its head,
+`<name>.head`: the number and SHA-256 of the last line, signed as well, so that lines cut off at the end are
+missed. An edit, a cut, a swap, an insertion and another signer are found by `verify`.
+
+What no file can show: whoever holds the key can write everything anew, and a copy of ledger and head from an
+earlier day is a right ledger of that day. So let somebody else keep heads ("witness" entries in the server's
+ledger) and give them to `verify`, which then finds a ledger that is not a continuation of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from coterie.core.errors import ConfigError, RunError
+from coterie.storage.files import make_folder, sync_folder, write_atomic, write_error
+
+START = "0" * 64  # what stands for the line before the first
+LIMIT = 1 << 20  # bytes of a line
+
+
+class Tampered(RunError):
+    """A ledger that is not as it was written. line: the number of the first wrong one; 0: its head."""
+
+    def __init__(self, line: int, why: str, path: Path | None = None) -> None:
+        where = f"{path}: " if path else ""
+        super().__init__(f"{where}{f'line {line}' if line else 'the head'} {why}")
+        self.line, self.why = line, why
+
+
+class Head(NamedTuple):
+    """The end of a ledger: the number of its last line, the line's SHA-256 and the byte it begins at."""
+
+    n: int
+    digest: str
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of a ledger. time: UTC, ISO 8601. digest: SHA-256 of the line."""
+
+    n: int
+    time: str
+    kind: str
+    facts: dict[str, Any]
+    digest: str
+
+
+class Ledger:
+    """The ledger that this process writes; no other can at the same time."""
+
+    def __init__(
+        self,
+        path: Path,
+        sign: Callable[[bytes], bytes],
+        public: bytes,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Open or begin a ledger. sign, public: of the party's Ed25519 key (32 bytes).
+
+        A last line that a crash kept from becoming whole is dropped; one that was whole is not. Checks the
+        end only: `verify` reads everything. Raises Tampered; RunError when another process writes it.
+        """
+        self.path, self._sign, self._clock = path, sign, clock
+        make_folder(path.parent)
+        fresh = not path.exists()
+        try:
+            self._file: BinaryIO = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise write_error(path, error, 0) from error
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(f"{path}: another process is writing this ledger", "stop it first") from error
+            if fresh:
+                sync_folder(path.parent)
+            self.head = self._repaired(public)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, kind: str, **facts: Any) -> Entry:
+        """Add an entry, durably; do what it tells of afterwards.
+
+        facts: JSON values. Raises ValueError for others, RunError when the disk is full; then none is added.
+        """
+        now = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
+        entry = {
+            "n": self.head.n + 1,
+            "time": now,
+            "kind": kind,
+            "previous": self.head.digest,
+            "facts": facts,
+        }
+        line = _line(entry, self._sign(_signed("ledger", _json(entry))))
+        if len(line) > LIMIT or _parsed(line) is None:
+            raise ValueError(f"an entry must be JSON that reads back as it was, of at most {LIMIT} bytes")
+        size, before = self._file.seek(0, os.SEEK_END), self.head
+        try:
+            _write_all(self._file, line)
+            os.fsync(self._file.fileno())
+            self.head = Head(before.n + 1, hashlib.sha256(line).hexdigest(), size)
+            self._keep_head()
+        except (OSError, RunError) as error:
+            self._file.truncate(size)
+            self.head = before
+            raise error if isinstance(error, RunError) else write_error(self.path, error, 0) from error
+        return _entry(entry, self.head.digest)
+
+    def close(self) -> None:
+        """Let another process write it."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _keep_head(self) -> None:
+        record = self.head._asdict()
+        write_atomic(_head_path(self.path), _line(record, self._sign(_signed("head", _json(record)))))
+
+    def _repaired(self, public: bytes) -> Head:
+        """The head, once the end of the file is as a crash at any moment can have left it."""
+        known = _read_head(self.path, public)
+        start = self._file.seek(known.start)
+        lines = re.findall(rb"[^\n]*\n|[^\n]+", self._file.read(4 * LIMIT))
+        if known.n:
+            if not lines or hashlib.sha256(lines[0]).hexdigest() != known.digest:
+                raise Tampered(known.n, "is not the one that the head names", self.path)
+            start += len(lines.pop(0))
+        if lines and lines[0].endswith(b"\n"):  # written whole, and killed before the head was
+            entry = _checked(lines[0], known, public, self.path)
+            known = self.head = Head(entry.n, entry.digest, start)
+            self._keep_head()
+            start += len(lines.pop(0))
+        if len(lines) > 1 or (lines and lines[0].endswith(b"\n")):
+            raise Tampered(known.n + 1, "is one that the head does not know", self.path)
+        if lines:
+            self._file.truncate(start)
+            os.fsync(self._file.fileno())
+        return known
+
+
+def verify(path: Path, public: bytes, witnessed: Iterable[Head] = ()) -> list[Entry]:
+    """The entries of a ledger, once every line and the head are found right; changes nothing.
+
+    public: the writer's Ed25519 key, 32 bytes. witnessed: heads that others kept; it must continue them all.
+    Raises Tampered at the first wrong line, ConfigError when there is no such file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such ledger")
+    before = _read_head(path, public)
+    last, entries, digests = Head(0, START), list[Entry](), [START]
+    with path.open("rb") as file:
+        while line := file.readline(LIMIT + 1):
+            entry = _checked(line, last, public, path)
+            last = Head(entry.n, entry.digest)
+            entries.append(entry)
+            digests.append(entry.digest)
+    # A writer may be at work: the lines are at least those of the head before, at most one more than after.
+    after = _read_head(path, public)
+    if before.n > last.n:
+        raise Tampered(last.n + 1, f"is missing: the head names {before.n} lines", path)
+    if digests[before.n] != before.digest or after.n < last.n - 1:
+        raise Tampered(0, f"is not that of these lines; it lies in {_head_path(path).name}", path)
+    for head in witnessed:
+        if not 0 <= head.n <= last.n or digests[head.n] != head.digest:
+            raise Tampered(head.n, "is not the one that a witness has seen", path)
+    return entries
+
+
+def _checked(line: bytes, before: Head, public: bytes, path: Path) -> Entry:
+    """The entry of a line that must follow `before`."""
+    n = before.n + 1
+    if not line.endswith(b"\n"):
+        why = "is not whole: a crash while writing it (the next start repairs that), or an addition"
+        raise Tampered(n, why, path)
+    record = _parsed(line)
+    if record is None:
+        raise Tampered(n, "is not a line of a ledger", path)
+    entry, signature = record
+    if entry.keys() != {"n", "time", "kind", "previous", "facts"} or not isinstance(entry["facts"], dict):
+        raise Tampered(n, "has not the fields of an entry", path)
+    if entry["n"] != n or entry["previous"] != before.digest:
+        raise Tampered(n, "does not follow the line before it", path)
+    if not _signed_by(public, _signed("ledger", _json(entry)), signature):
+        raise Tampered(n, "was changed, or signed by another key", path)
+    return _entry(entry, hashlib.sha256(line).hexdigest())
+
+
+def _read_head(path: Path, public: bytes) -> Head:
+    """The head; that of an empty ledger when there is none."""
+    place = _head_path(path)
+    if not place.exists():
+        return Head(0, START)
+    with place.open("rb") as file:
+        record = _parsed(file.read(LIMIT + 1))
+    if record is None or record[0].keys() != set(Head._fields):
+        raise Tampered(0, "is damaged", path)
+    head, signature = record
+    if not _signed_by(public, _signed("head", _json(head)), signature):
+        raise Tampered(0, "was changed, or signed by another key", path)
+    return Head(**head)
+
+
+def _parsed(line: bytes) -> tuple[dict[str, Any], bytes] | None:
+    """The record of a line and its signature; None unless the line is byte for byte as `_line` writes it."""
+    try:
+        found = json.loads(line)
+        record, signature = found["entry"], bytes.fromhex(found["signature"])
+        same = isinstance(record, dict) and _line(record, signature) == line
+    except (ValueError, TypeError, LookupError, RecursionError, AttributeError):
+        return None
+    return (record, signature) if same else None
+
+
+def _line(record: dict[str, Any], signature: bytes) -> bytes:
+    return b'{"entry":' + _json(record) + b',"signature":"' + signature.hex().encode() + b'"}\n'
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _signed(what: str, data: bytes) -> bytes:
+    return f"coterie/1 {what}\0".encode() + data
+
+
+def _signed_by(public: bytes, data: bytes, signature: bytes) -> bool:
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def _entry(entry: dict[str, Any], digest: str) -> Entry:
+    return Entry(entry["n"], entry["time"], entry["kind"], entry["facts"], digest)
+
+
+def _head_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.head")
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """Write everything: an unbuffered file may take less than it is given."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
