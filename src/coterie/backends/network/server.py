@@ -1,0 +1,259 @@
+"""The server's end of the connections: gRPC with certificates on both sides, in front of a hub.
+
+`Join` is a site's one long stream of messages; `Get` and `Put` carry blobs, from the byte where they broke
+off; `Renew` exchanges a certificate. A refusal is a gRPC status whose details say why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from coterie.backends.network import transfer
+from coterie.backends.network.hub import Course, Hub, Identity, Seat
+from coterie.backends.network.messages import (
+    FRAME,
+    PROTOCOL,
+    BadMessage,
+    Have,
+    Hello,
+    Message,
+    Offer,
+    Said,
+    Want,
+    Welcome,
+    line,
+    parse,
+)
+from coterie.core.errors import CoterieError
+from coterie.storage import Blobs, Corrupt
+from coterie.storage.files import sync_folder
+
+SERVICE = "coterie.v1.Federation"
+FEATURES = ("zstd",)
+M = TypeVar("M", bound=Said)
+
+
+def options(silence: float, *, server: bool = False) -> list[tuple[str, int]]:
+    """What either end tells gRPC: how large a message may be, and to find connections that are half open."""
+    ping = max(int(silence * 250), 1000)  # milliseconds
+    ours = [
+        ("grpc.max_receive_message_length", FRAME),
+        ("grpc.max_send_message_length", FRAME),
+        ("grpc.keepalive_time_ms", ping),
+        ("grpc.keepalive_timeout_ms", 2 * ping),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    if server:
+        return [*ours, ("grpc.http2.min_recv_ping_interval_without_data_ms", 500), ("grpc.so_reuseport", 0)]
+    return [*ours, ("grpc.use_local_subchannel_pool", 1)]  # a connection for each channel
+
+
+@dataclass
+class Anyone:
+    """Who a peer without a certificate says it is."""
+
+    name: str
+    serial: int = 0
+
+
+class Server:
+    """Lets sites in.
+
+    authorise: certificate (PEM) -> Identity; what it raises is the reason for a refusal. None: peers have no
+    certificates and are who they say they are. renew: (identity, signing request) -> certificate.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        *,
+        authorise: Callable[[bytes], Identity] | None,
+        renew: Callable[[Identity, bytes], bytes] | None = None,
+        software: str = "coterie",
+        protocol: tuple[int, int] = PROTOCOL,
+    ) -> None:
+        self.hub, self.authorise, self.renew = hub, authorise, renew
+        self.software, self.protocol = software, protocol
+        self._uploads: dict[tuple[str, str], Any] = {}  # site, digest -> the newest call that brings it
+
+    async def start(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        """Listen; return the port. credentials: None exactly when there is no `authorise`."""
+        if (credentials is None) != (self.authorise is None):
+            raise ValueError("server: credentials and authorise belong together; give both, or None for both")
+        self.server = grpc.aio.server(options=options(self.hub.silence, server=True))
+        methods = {
+            "Join": grpc.stream_stream_rpc_method_handler(self._join),
+            "Get": grpc.unary_stream_rpc_method_handler(self._get),
+            "Put": grpc.stream_stream_rpc_method_handler(self._put),
+            "Renew": grpc.unary_unary_rpc_method_handler(self._renew),
+        }
+        self.server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, methods)])
+        if credentials is None:
+            port = self.server.add_insecure_port(address)
+        else:
+            port = self.server.add_secure_port(address, credentials)
+        await self.server.start()
+        return int(port)
+
+    async def stop(self) -> None:
+        """Close all connections."""
+        await self.server.stop(None)
+
+    async def _join(self, _: Any, context: Any) -> None:
+        identity = await self._admit(context)
+        hello = await _first(Hello, context)
+        site, ours, theirs = hello.site, self.protocol, hello.protocol
+        if identity.name != site:
+            await _refuse(context, f"the certificate is of {identity.name}, not of {site}")
+        if theirs[0] != ours[0] or abs(theirs[1] - ours[1]) > 1:
+            await _refuse(
+                context,
+                f"site {site} speaks protocol {theirs[0]}.{theirs[1]} ({hello.software}), the server "
+                f"{ours[0]}.{ours[1]} ({self.software}): one of them must be updated",
+            )
+        both = frozenset(hello.features) & frozenset(FEATURES)
+        welcome = Welcome(
+            protocol=ours, software=self.software, features=sorted(both), silence=self.hub.silence
+        )
+        seat = self.hub.join(site, identity, both, welcome)
+        self.hub.brief(site, hello.runs)
+        self.hub.tell("joined", site=site, peer=context.peer(), software=hello.software)
+        outbox, end = seat.outbox, seat.end
+        assert outbox is not None and end is not None  # noqa: PT018
+        listen = asyncio.ensure_future(self._listen(site, seat, context))
+        speak = asyncio.ensure_future(_speak(outbox, context))
+        why = ""
+        try:
+            await asyncio.wait([listen, speak, end], return_when=asyncio.FIRST_COMPLETED)
+            if end.done():
+                why = end.result()
+            elif listen.done() and isinstance(error := listen.exception(), BadMessage):
+                why = str(error)
+        finally:
+            for way in (listen, speak):
+                way.cancel()
+            await asyncio.gather(listen, speak, return_exceptions=True)
+            if seat.outbox is outbox:
+                seat.outbox = seat.end = None
+            self.hub.tell("left", site=site, why=why)
+        if why:
+            await _refuse(context, why)
+
+    async def _listen(self, site: str, seat: Seat, context: Any) -> None:
+        while (data := await context.read()) is not grpc.aio.EOF:
+            self.hub.take(site, seat, parse(data))
+
+    async def _get(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        identity = await self._admit(context)
+        want = await _first(Want, context, request)
+        course, seat = self.hub.hosted(identity.name, want.run), self.hub.seat(identity.name)
+        if course is None or not _wanted(course, identity.name, want.digest):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no blob {want.digest[:12]} for {identity.name}")
+        path = self.hub.blobs.path(want.digest)
+        async for frame in transfer.chunks(path, want.start, compress="zstd" in seat.features):
+            await self._check(context, identity)
+            yield frame
+            seat.seen = self.hub.loop.time()
+
+    async def _put(self, _: Any, context: Any) -> None:
+        """Offer -> Have, then frames -> Have: less than the whole when a frame was damaged."""
+        identity = await self._admit(context)
+        offer = await _first(Offer, context)
+        site, up = identity.name, offer.up
+        if self.hub.given(site, offer.run, offer.id) is None:
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"run {offer.run}: nobody waits for task {offer.id}"
+            )
+        if up.size > (course := self.hub.runs[offer.run]).limit:
+            why = f"site {site}: its update of {up.size} bytes is larger than {course.limit}"
+            self.hub.lose(course, [offer.id], why)
+            await context.abort(grpc.StatusCode.NOT_FOUND, why)
+        inbox = Blobs(
+            self.hub.blobs.folder / "arriving" / site
+        )  # parts of its own: nobody else can spoil them
+        key = (site, up.digest)
+        self._uploads[key] = context
+
+        async def frames() -> AsyncIterator[bytes]:
+            while (frame := await context.read()) is not grpc.aio.EOF:
+                await self._check(context, identity)
+                if self._uploads.get(key) is not context:  # the site has come again: this connection is dead
+                    return
+                self.hub.seat(site).seen = self.hub.loop.time()
+                yield frame
+
+        try:
+            held = up.size
+            if up.digest not in self.hub.blobs:
+                if (held := inbox.held(up.digest)) < up.size:
+                    await context.write(bytes(Have(held=held)))
+                held = await transfer.receive(frames(), inbox, up)
+                if up.digest in inbox:
+                    inbox.path(up.digest).replace(self.hub.blobs.path(up.digest))
+                    sync_folder(self.hub.blobs.folder)
+            await context.write(bytes(Have(held=held)))
+        except Corrupt as error:
+            await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+        finally:
+            if self._uploads.get(key) is context:
+                del self._uploads[key]
+
+    async def _renew(self, request: bytes, context: Any) -> bytes:
+        identity = await self._admit(context)
+        if self.renew is None:
+            await _refuse(context, "this server renews no certificates")
+        try:
+            return self.renew(identity, request)
+        except (CoterieError, ValueError) as error:
+            await _refuse(context, str(error))
+
+    async def _admit(self, context: Any) -> Identity:
+        """Whose call this is."""
+        if self.authorise is None:
+            return Anyone(str(dict(context.invocation_metadata()).get("site", "")))
+        try:
+            (pem,) = context.auth_context()["x509_pem_cert"]
+            identity = self.authorise(pem)
+        except Exception as error:  # whatever is wrong with the certificate is why it is refused
+            await _refuse(context, str(error) or type(error).__name__)
+        await self._check(context, identity)
+        return identity
+
+    async def _check(self, context: Any, identity: Identity) -> None:
+        if identity.serial in self.hub.revoked:
+            await _refuse(
+                context, f"the certificate of {identity.name} (serial {identity.serial}) is revoked"
+            )
+
+
+async def _first(kind: type[M], context: Any, data: Any = None) -> M:
+    """The message that a call begins with."""
+    try:
+        message: Message = parse(data or await context.read() or b"")
+        if not isinstance(message, kind):
+            raise BadMessage(f"{message.message!r} where {kind.__name__} should be")
+    except BadMessage as error:
+        await _refuse(context, str(error))
+    return message
+
+
+async def _refuse(context: Any, why: str) -> NoReturn:
+    await context.abort(grpc.StatusCode.PERMISSION_DENIED, line(why, 1000))
+    raise AssertionError("abort raises")
+
+
+async def _speak(outbox: asyncio.Queue[Message], context: Any) -> None:
+    while True:
+        await context.write(bytes(await outbox.get()))
+
+
+def _wanted(course: Course, site: str, digest: str) -> bool:
+    code = course.opening.code
+    return bool(code and code.digest == digest) or any(
+        given.site == site and given.header.down.digest == digest for given in course.tasks.values()
+    )

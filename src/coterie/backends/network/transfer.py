@@ -1,0 +1,181 @@
+"""Blobs on their way: chunks with a digest each, from any byte on. Knows files and bytes; no connection.
+
+A frame is the chunk's place, its length, the SHA-256 of what follows and before it, and the bytes, which
+are compressed when that was agreed on and helps. A chunk that arrives damaged is not kept: the receiver
+says how much it has, and the sender goes on from there. The whole is checked again when it is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import struct
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import zstandard
+
+from coterie.backends.network.messages import BadMessage
+from coterie.core.types import Tree
+from coterie.storage import Blob, Blobs
+
+CHUNK = 1 << 20  # bytes
+_PLACE = struct.Struct(">BQI")  # compressed, offset, bytes before compression
+_HEAD = _PLACE.size + 32
+
+
+def packed(offset: int, data: bytes, *, compress: bool = False) -> bytes:
+    """A frame. data: at most CHUNK bytes."""
+    body = zstandard.ZstdCompressor(level=1).compress(data) if compress else data
+    squeezed = len(body) < len(data)
+    if not squeezed:
+        body = data
+    place = _PLACE.pack(squeezed, offset, len(data))
+    return b"".join((place, _digest(place, body), body))
+
+
+def opened(frame: bytes) -> tuple[int, bytes | memoryview]:
+    """The offset and the bytes of a frame, at most CHUNK. Raises BadMessage when it is damaged."""
+    view = memoryview(frame)
+    if len(frame) < _HEAD:
+        raise BadMessage("a chunk that is cut short")
+    place, body = view[: _PLACE.size], view[_HEAD:]
+    squeezed, offset, size = _PLACE.unpack(place)
+    if view[_PLACE.size : _HEAD] != _digest(place, body):
+        raise BadMessage(f"a chunk at byte {offset} that is damaged")
+    if squeezed > 1 or size > CHUNK:
+        raise BadMessage(f"a chunk of {size} bytes; at most {CHUNK} may come")
+    if squeezed:
+        try:  # bounded by what is read and by the window, whatever the frame claims
+            reader = zstandard.ZstdDecompressor(max_window_size=2 * CHUNK).stream_reader(body)
+            body = memoryview(reader.read(size + 1))
+        except zstandard.ZstdError as error:
+            raise BadMessage(f"a chunk at byte {offset} that does not unpack: {error}") from None
+    if len(body) != size:
+        raise BadMessage(f"a chunk of {len(body)} bytes that claims {size}")
+    return offset, body
+
+
+def _digest(place: bytes | memoryview, body: bytes | memoryview) -> bytes:
+    known = hashlib.sha256(place)
+    known.update(body)
+    return known.digest()
+
+
+async def chunks(path: Path, start: int, *, compress: bool = False) -> AsyncIterator[bytes]:
+    """The frames of a file from a byte on; the next one is made while one travels."""
+
+    def read(offset: int) -> bytes:
+        file.seek(offset)
+        data = file.read(CHUNK)
+        return packed(offset, data, compress=compress) if data else b""
+
+    with path.open("rb") as file:
+        ahead = asyncio.ensure_future(asyncio.to_thread(read, start))
+        try:
+            while frame := await ahead:
+                start += CHUNK
+                ahead = asyncio.ensure_future(asyncio.to_thread(read, start))
+                yield frame
+        finally:
+            if not ahead.done():  # the file stays open until the thread has let go of it
+                await asyncio.wait([ahead])
+
+
+async def receive(
+    frames: AsyncIterator[bytes], blobs: Blobs, blob: Blob, moved: Callable[[int], None] = lambda size: None
+) -> int:
+    """Add frames to a blob until it is whole, they end, or one is damaged; return how many bytes are here.
+
+    moved: called with the bytes of each frame. Raises Corrupt when the whole is not what its name says, RunError
+    when the disk is full.
+    """
+
+    def keep(frame: bytes) -> int:
+        offset, data = opened(frame)
+        if offset + len(data) > blob.size:
+            raise BadMessage(f"a chunk that ends at byte {offset + len(data)} of {blob.size}")
+        return blobs.receive(blob.digest, offset, data)  # type: ignore[arg-type]  # written as it is
+
+    held = blobs.held(blob.digest)
+    while held < blob.size:
+        frame = await anext(frames, b"")
+        if not frame:
+            return held
+        try:
+            held = await asyncio.to_thread(keep, frame)
+        except (BadMessage, ValueError):
+            return held
+        moved(len(frame))
+    if blob.size == 0 and blob.digest not in blobs:
+        blobs.receive(blob.digest, 0, b"")
+    await asyncio.to_thread(blobs.finish, blob.digest, blob.size)
+    return held
+
+
+class Pace:
+    """A token bucket: at most so many bytes a second, on average. None: no limit."""
+
+    def __init__(self, rate: float | None) -> None:
+        self.rate = rate
+        self._free = 0.0  # when the bytes that were granted have passed
+
+    async def spend(self, size: int) -> None:
+        """Wait until these bytes may pass."""
+        if self.rate is None:
+            return
+        now = asyncio.get_running_loop().time()
+        start = max(self._free, now)
+        self._free = start + size / self.rate
+        await asyncio.sleep(start - now)
+
+
+class Shelf:
+    """Blobs that are deleted when nobody holds them any more. Safe to call from any thread."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self.blobs = blobs
+        self._holders: dict[str, Counter[str]] = {}  # digest -> who holds it how often
+        self._lock = threading.Lock()
+
+    def write(self, who: str, tree: Tree) -> Blob:
+        """Keep a tree, held once. Raises what Blobs.write does."""
+        while True:
+            blob = self.blobs.write(tree)
+            with self._lock:  # the same bytes may have been let go of since they were written
+                if blob.digest in self.blobs:
+                    self._hold(who, blob.digest)
+                    return blob
+
+    def hold(self, who: str, digest: str) -> bool:
+        """Hold it once more; False when it is not here."""
+        with self._lock:
+            if here := digest in self.blobs:
+                self._hold(who, digest)
+            return here
+
+    def release(self, who: str, digest: str) -> None:
+        """Hold it once less."""
+        with self._lock:
+            holders = self._holders.get(digest, Counter())
+            holders[who] -= 1
+            self._settle(digest, +holders)
+
+    def release_all(self, who: str) -> None:
+        """Let go of all that somebody holds."""
+        with self._lock:
+            for digest, holders in list(self._holders.items()):
+                if holders.pop(who, 0):
+                    self._settle(digest, holders)
+
+    def _hold(self, who: str, digest: str) -> None:
+        self._holders.setdefault(digest, Counter())[who] += 1
+
+    def _settle(self, digest: str, holders: Counter[str]) -> None:
+        if holders:
+            self._holders[digest] = holders
+        else:
+            self._holders.pop(digest, None)
+            self.blobs.path(digest).unlink(missing_ok=True)
