@@ -4,6 +4,7 @@ from coterie.errors import (
     ConfigError,
     CoterieError,
     DataError,
+    Fenced,
     Interrupted,
     NonFinite,
     OutOfRange,
@@ -12,6 +13,6 @@ from coterie.errors import (
 )
 
 __all__ = [
-    "ConfigError", "CoterieError", "DataError", "Interrupted", "NonFinite", "OutOfRange", "QuorumLost",
-    "RunError",
+    "ConfigError", "CoterieError", "DataError", "Fenced", "Interrupted", "NonFinite", "OutOfRange",
+    "QuorumLost", "RunError",
 ]  # fmt: skip
