@@ -1,6 +1,6 @@
 """The server of a federation: one process that joins hub, queue, database, ledger and the operators' desk.
 
-    folder:  tls.key tls.crt ca.crt signing.key (`security.pki`)   state.sqlite3   blobs/   runs/   ledger.jsonl
+    folder:  tls.key tls.crt ca.crt signing.key (`security.pki`)  state.sqlite3  blobs/  runs/  ledger.jsonl
 
 Of several servers on one database one works; the others wait for its lease and then go on with its runs.
 """
@@ -17,7 +17,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,7 @@ import grpc
 
 from coterie import security
 from coterie.backends import telemetry
-from coterie.backends.network import Hub, NetworkBackend, RunOpened, Server
-from coterie.backends.network import operators as desk
+from coterie.backends.network import Hub, NetworkBackend, RunOpened, Server, operators
 from coterie.core import ClientId, Event, Tree, trees
 from coterie.core.errors import ConfigError, CoterieError
 from coterie.experiment.assemble import Parts
@@ -65,7 +64,7 @@ class Options:
     metrics: str | None = None
     at_once: int = 2
     silence: float = 120.0
-    quotas: Quotas = Quotas()
+    quotas: Quotas = field(default_factory=Quotas)
     data_dir: Path | None = None
     insecure: bool = False
 
@@ -120,7 +119,7 @@ async def _renewing(database: Database, told: asyncio.Future[None]) -> None:
 
 
 class Office:
-    """The working half of a server, while it holds the lease: a `desk.Desk`."""
+    """The working half of a server, while it holds the lease: an `operators.Desk`."""
 
     def __init__(self, options: Options, database: Database) -> None:
         self.options, self.database = options, database
@@ -140,11 +139,15 @@ class Office:
         self.hub = Hub(
             Blobs(options.home / "blobs"),
             silence=options.silence,
-            authorise=None if self.mine is None else partial(self._verified, role="site"),
             verify=None if self.mine is None else _signed_by,
-            renew=self._renew if self.authority else None,
             ended=self._ended,
             tell=self._tell,
+        )
+        self.door = Server(
+            self.hub,
+            authorise=None if self.mine is None else partial(self._known, role="site"),
+            renew=self._renew if self.authority else None,
+            more=[operators.operator_service(self, self._operator)],
         )
         self.queue = Queue(
             database,
@@ -167,15 +170,13 @@ class Office:
             credentials = grpc.dynamic_ssl_server_credentials(
                 _configuration(self.mine), _Rotation(self.keys), require_client_authentication=True
             )
-        port = await self.hub.start(
-            options.listen, credentials, handlers=[desk.operator_service(self, self._operator)]
-        )
-        stack.push_async_callback(self.hub.stop)
+        port = await self.door.start(options.listen, credentials)
+        stack.push_async_callback(self.door.stop)
         if options.enrol:
             if self.authority is None or self.mine is None:
                 raise ConfigError("--enrol needs the authority's folder", "name it with --ca DIR")
             doorstep = grpc.aio.server(options=[("grpc.max_receive_message_length", 1 << 17)])
-            doorstep.add_generic_rpc_handlers([desk.enrolment_service(self._enrol)])
+            doorstep.add_generic_rpc_handlers([operators.enrolment_service(self._enrol)])
             open_to_all = grpc.ssl_server_credentials([(self.mine.key, self.mine.certificate)])
             doorstep.add_secure_port(options.enrol, open_to_all)
             await doorstep.start()
@@ -189,9 +190,9 @@ class Office:
         """Let go of the ledger."""
         self.ledger.close()
 
-    # for operators (desk.Desk)
+    # for operators (operators.Desk)
 
-    def submit(self, who: Any, call: desk.Submit) -> str:
+    def submit(self, who: Any, call: operators.Submit) -> str:
         """Check the signature, the config and that its sites exist; queue the run."""
         signed = security.canonical("config", {"config": call.config})
         if self.mine is not None and not security.verify(who.signing_key, signed, _unhex(call.signature)):
@@ -199,7 +200,9 @@ class Office:
         sites = sorted(name for name, seat in self.hub.seats.items() if seat.outbox is not None)
         signer = None
         if self.mine is not None:
-            signer = json.dumps({"name": who.name, "certificate": who.pem, "signature": call.signature})
+            signer = json.dumps(
+                {"name": who.name, "certificate": who.pem.decode(), "signature": call.signature}
+            )
         quotas = Quotas(**{name: int(n) if name != "seconds" else n for name, n in call.quotas.items()})
         run = self.queue.submit(call.config, signer=signer, quotas=quotas, sites=sites)
         self.ledger.append(
@@ -363,22 +366,23 @@ class Office:
         return {
             "run": run.id, "status": run.status, "error": run.error, "created": run.created,
             "signer": json.loads(run.signer)["name"] if run.signer else "",
-            "round": f"{latest.round}/{latest.rounds}" if latest else "", "sites": list(run.sites), "files": files,
+            "round": f"{latest.round}/{latest.rounds}" if latest else "", "sites": list(run.sites),
+            "files": files,
         }  # fmt: skip
 
     # who is who
 
-    def _verified(self, pem: bytes, role: str) -> security.Identity:
+    def _known(self, pem: bytes, role: str) -> Known:
         assert self.mine is not None
         revoked = self.authority.revoked() if self.authority else ()
-        return security.verified(pem, self.mine.ca, role=role, revoked=revoked)
+        return Known(pem, security.verified(pem, self.mine.ca, role=role, revoked=revoked))
 
     async def _operator(self, context: Any) -> Any:
         if self.mine is None:
             return None
         try:
             (pem,) = context.auth_context()["x509_pem_cert"]
-            return Operator(pem.decode(), self._verified(pem, "operator"))
+            return self._known(pem, "operator")
         except (CoterieError, KeyError, ValueError) as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error)[:1000])
 
@@ -396,16 +400,21 @@ class Office:
 
 
 @dataclass(frozen=True)
-class Operator:
-    """Who asks, with the certificate that says so."""
+class Known:
+    """Who is at the other end of a connection, with the certificate that says so (PEM)."""
 
-    pem: str
+    pem: bytes
     identity: security.Identity
 
     @property
     def name(self) -> str:
-        """The operator's."""
+        """The party's."""
         return self.identity.name
+
+    @property
+    def serial(self) -> int:
+        """Of the certificate."""
+        return self.identity.serial
 
     @property
     def signing_key(self) -> bytes:
