@@ -15,8 +15,12 @@ from coterie.cli.compare import compare
 from coterie.cli.data import data
 from coterie.cli.doctor import doctor
 from coterie.cli.init import init
+from coterie.cli.operate import runs, submit, watch
 from coterie.cli.pki import pki
+from coterie.cli.quickstart import quickstart
 from coterie.cli.run import run
+from coterie.cli.server import server
+from coterie.cli.site import enrol, site
 from coterie.cli.sweep import sweep
 from coterie.errors import ConfigError, CoterieError, DataError, Interrupted
 
@@ -46,9 +50,9 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
-for command in (run, sweep, compare, init, doctor):
+for command in (run, sweep, compare, quickstart, server, site, enrol, submit, watch, init, doctor):
     app.command()(command)
-for name, group in (("data", data), ("pki", pki), ("audit", audit)):
+for name, group in (("data", data), ("runs", runs), ("pki", pki), ("audit", audit)):
     app.add_typer(group, name=name)
 
 

@@ -52,7 +52,8 @@ class Queue:
     """The runs of the server that holds the database's lease, from its start to `close`.
 
     folder: where run folders and blobs lie. connect: makes a run's carrier (`served.Carrier`). home: fsspec
-    URL under which blobs are kept too, for a standby on another machine. watch: told of every run's progress.
+    URL under which blobs are kept too, for a standby on another machine. watch: told of every run's progress;
+    ended: of its status and error when it ends here.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Queue:
         home: str | None = None,
         data_dir: Path | None = None,
         watch: Callable[[str, Progress], None] = lambda run, progress: None,
+        ended: Callable[[str, str, str], None] = lambda run, status, error: None,
     ) -> None:
         self.database, self.folder, self.connect, self.at_once = database, folder, connect, at_once
-        self.quotas, self.home, self.data_dir, self.watch = quotas, home, data_dir, watch
+        self.quotas, self.home, self.data_dir, self.watch, self.ended = quotas, home, data_dir, watch, ended
         self.changed = threading.Condition()  # guards what follows; told when a run has ended
         self.places: dict[str, Served | None] = {}  # of the runs at work; None: still being assembled
         self.asked: dict[str, CoterieError] = {}  # how a run that has no place yet is to end
@@ -81,13 +83,22 @@ class Queue:
                 self.database.set_status(run.id, "queued")
             self._fill()
 
-    def submit(self, config: str, *, signer: str | None = None, quotas: Quotas = UNLIMITED) -> str:
-        """Queue a run of this config (TOML); its id.
+    def submit(
+        self,
+        config: str,
+        *,
+        signer: str | None = None,
+        quotas: Quotas = UNLIMITED,
+        sites: Sequence[str] = (),
+        check: Callable[[Parts], object] = lambda parts: None,
+    ) -> str:
+        """Queue a run of this config (TOML); its id. sites: who takes part. check: may refuse its parts too.
 
         Raises ConfigError or DataError, before anything is written, when the config cannot work or asks for
         more than the quotas (the stricter of these and the server's).
         """
         parts = self._assembled(config)
+        check(parts)
         allowed = self.quotas
         quotas = Quotas(
             _stricter(quotas.rounds, allowed.rounds),
@@ -102,7 +113,19 @@ class Queue:
         id = f"{parts.config.name}-{secrets.token_hex(4)}"
         digest = hashlib.sha256(config.encode()).hexdigest()
         folder, name = str(self.folder / "runs" / id), parts.config.name
-        run = Run(id, name, config, digest, signer, "queued", "", time.time(), folder, quotas._asdict())
+        run = Run(
+            id,
+            name,
+            config,
+            digest,
+            signer,
+            "queued",
+            "",
+            time.time(),
+            folder,
+            quotas._asdict(),
+            tuple(sites),
+        )
         with self.changed:
             self.database.add_run(run)
             self._fill()
@@ -206,6 +229,7 @@ class Queue:
             with suppress(CoterieError):
                 self._fill()
             self.changed.notify_all()
+        self.ended(run.id, status, error)
 
     def _run(self, run: Run) -> None:
         parts, folder = self._assembled(run.config), RunFolder(Path(run.folder))

@@ -145,7 +145,7 @@ class Office:
         )
         self.door = Server(
             self.hub,
-            authorise=None if self.mine is None else partial(self._known, role="site"),
+            authorise=None if self.mine is None else self._site,
             renew=self._renew if self.authority else None,
             more=[operators.operator_service(self, self._operator)],
         )
@@ -203,8 +203,16 @@ class Office:
             signer = json.dumps(
                 {"name": who.name, "certificate": who.pem.decode(), "signature": call.signature}
             )
-        quotas = Quotas(**{name: int(n) if name != "seconds" else n for name, n in call.quotas.items()})
-        run = self.queue.submit(call.config, signer=signer, quotas=quotas, sites=sites)
+        asked = call.quotas
+        if unknown := set(asked) - set(Quotas._fields):
+            raise ConfigError(
+                f"quotas: {sorted(unknown)[0]!r} is unknown", f"there are: {', '.join(Quotas._fields)}"
+            )
+        rounds, size = (int(asked[name]) if name in asked else None for name in ("rounds", "bytes"))
+        quotas = Quotas(rounds, size, asked.get("seconds"))
+        run = self.queue.submit(
+            call.config, signer=signer, quotas=quotas, sites=sites, check=lambda parts: placed(parts, sites)
+        )
         self.ledger.append(
             "submitted",
             run=run,
@@ -376,6 +384,9 @@ class Office:
         assert self.mine is not None
         revoked = self.authority.revoked() if self.authority else ()
         return Known(pem, security.verified(pem, self.mine.ca, role=role, revoked=revoked))
+
+    def _site(self, pem: bytes) -> Known:
+        return self._known(pem, "site")
 
     async def _operator(self, context: Any) -> Any:
         if self.mine is None:

@@ -201,8 +201,8 @@ class Blobs:
 
 def _file_system(home: str) -> Any:
     try:
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # noqa: PLC0415
-        from fsspec.implementations.dirfs import DirFileSystem  # type: ignore[import-untyped]  # noqa: PLC0415
+        from fsspec.core import url_to_fs  # noqa: PLC0415
+        from fsspec.implementations.dirfs import DirFileSystem  # noqa: PLC0415
 
         there, root = url_to_fs(home)
     except (ImportError, ValueError) as error:

@@ -51,6 +51,7 @@ class Run(NamedTuple):
     created: float
     folder: str
     quotas: dict[str, Any]
+    sites: tuple[str, ...] = ()
 
 
 class Logged(NamedTuple):
@@ -170,7 +171,7 @@ class Database:
     def add_run(self, run: Run) -> None:
         """Add a run."""
         with self.write() as connection:
-            connection.execute(insert(runs).values({**run._asdict(), "quotas": json.dumps(run.quotas)}))
+            connection.execute(insert(runs).values({**run._asdict(), **_texts(run)}))
 
     def set_status(self, id: str, status: str, error: str = "") -> None:
         """Say how far a run is; what a finished one has logged is dropped."""
@@ -320,7 +321,12 @@ _URLS = 'use "sqlite:///folder/server.db" or "postgresql://user@host/name"'
 
 
 def _run(row: Any) -> Run:
-    return Run(**{**row._mapping, "quotas": json.loads(row.quotas)})
+    read = {"quotas": json.loads(row.quotas), "sites": tuple(json.loads(row.sites))}
+    return Run(**{**row._mapping, **read})
+
+
+def _texts(run: Run) -> dict[str, str]:
+    return {"quotas": json.dumps(run.quotas), "sites": json.dumps(run.sites)}
 
 
 def _blob(row: Any) -> Blob | None:

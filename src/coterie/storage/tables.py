@@ -19,6 +19,7 @@ runs = Table(
     Column("created", Float, nullable=False),  # seconds since 1970; queued runs start in this order
     Column("folder", Text, nullable=False),
     Column("quotas", Text, nullable=False),  # JSON
+    Column("sites", Text, nullable=False),  # JSON: who takes part
 )
 events = Table(  # the write-ahead log: what a run's plan was told since its last commit
     "events",

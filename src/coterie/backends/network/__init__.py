@@ -8,20 +8,20 @@ Needs the extra `deploy`.
 from coterie.core.errors import ConfigError
 
 try:
-    import grpc as _grpc
-    import zstandard as _zstandard
+    import grpc as _grpc  # noqa: F401
+    import zstandard as _zstandard  # noqa: F401
 except ImportError as error:
     raise ConfigError(
         f"the network needs {error.name}, which is not installed", "pip install 'coterie[deploy]'"
     ) from None
 
-from coterie.backends.network.backend import NetworkBackend, Record
+from coterie.backends.network.backend import NetworkBackend
 from coterie.backends.network.hub import Hub, Identity
 from coterie.backends.network.link import Handler, Link, Refused
 from coterie.backends.network.messages import BadMessage, Message, RunOpened, parse
 from coterie.backends.network.server import Server
 
 __all__ = [
-    "BadMessage", "Handler", "Hub", "Identity", "Link", "Message", "NetworkBackend", "Record", "Refused",
+    "BadMessage", "Handler", "Hub", "Identity", "Link", "Message", "NetworkBackend", "Refused",
     "RunOpened", "Server", "parse",
 ]  # fmt: skip

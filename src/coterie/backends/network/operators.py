@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import grpc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,12 +30,11 @@ class Call(BaseModel):
 
 
 class Submit(Call):
-    """A run to queue. config: TOML; signature: over its bytes, hexadecimal. code: digest of a package."""
+    """A run to queue. config: TOML; signature: over its bytes, hexadecimal."""
 
     config: Text
     signature: Annotated[str, Field(max_length=200)] = ""
-    code: Annotated[str, Field(max_length=100)] = ""
-    quotas: Annotated[dict[Literal["rounds", "bytes", "seconds"], float], Field(max_length=3)] = {}
+    quotas: Annotated[dict[str, float], Field(max_length=3)] = {}
 
 
 class Which(Call):
@@ -50,15 +49,6 @@ class Wanted(Call):
     run: Name
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     start: Annotated[int, Field(ge=0)] = 0
-
-
-class Piece(Call):
-    """A package of code, in hexadecimal pieces: 1 MiB of bytes each at most."""
-
-    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    start: Annotated[int, Field(ge=0, lt=2**40)]
-    size: Annotated[int, Field(ge=0, lt=2**30)]
-    data: Annotated[str, Field(max_length=2 << 20)]
 
 
 class Enrol(Call):
@@ -96,9 +86,6 @@ class Desk(Protocol):
     def fetch(self, run: str, file: str, start: int) -> AsyncIterator[bytes]:
         """A file of its folder."""
 
-    def receive(self, who: Any, piece: Piece) -> int:
-        """Keep a piece of a package; return how many bytes of it are here."""
-
 
 def operator_service(desk: Desk, admit: Callable[[Any], Any]) -> grpc.GenericRpcHandler:
     """The methods for operators. admit: awaited with a call's context; returns the identity or aborts."""
@@ -126,7 +113,6 @@ def operator_service(desk: Desk, admit: Callable[[Any], Any]) -> grpc.GenericRpc
 
     methods = {
         "Submit": one(Submit, desk.submit),
-        "Piece": one(Piece, desk.receive),
         "Runs": one(None, lambda who, call: desk.runs()),
         "Sites": one(None, lambda who, call: desk.sites()),
         "Stop": one(Which, lambda who, call: desk.stop(call.run)),

@@ -7,7 +7,7 @@ off; `Renew` exchanges a certificate. A refusal is a gRPC status whose details s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -65,7 +65,8 @@ class Server:
     """Lets sites in.
 
     authorise: certificate (PEM) -> Identity; what it raises is the reason for a refusal. None: peers have no
-    certificates and are who they say they are. renew: (identity, signing request) -> certificate.
+    certificates and are who they say they are. renew: (identity, signing request) -> certificate. more:
+    services beside the sites'.
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class Server:
         *,
         authorise: Callable[[bytes], Identity] | None,
         renew: Callable[[Identity, bytes], bytes] | None = None,
+        more: Sequence[grpc.GenericRpcHandler] = (),
         software: str = "coterie",
         protocol: tuple[int, int] = PROTOCOL,
     ) -> None:
-        self.hub, self.authorise, self.renew = hub, authorise, renew
+        self.hub, self.authorise, self.renew, self.more = hub, authorise, renew, more
         self.software, self.protocol = software, protocol
         self._uploads: dict[tuple[str, str], Any] = {}  # site, digest -> the newest call that brings it
 
@@ -92,7 +94,9 @@ class Server:
             "Put": grpc.stream_stream_rpc_method_handler(self._put),
             "Renew": grpc.unary_unary_rpc_method_handler(self._renew),
         }
-        self.server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, methods)])
+        self.server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(SERVICE, methods), *self.more]
+        )
         if credentials is None:
             port = self.server.add_insecure_port(address)
         else:
@@ -129,7 +133,8 @@ class Server:
         speak = asyncio.ensure_future(_speak(outbox, context))
         why = ""
         try:
-            await asyncio.wait([listen, speak, end], return_when=asyncio.FIRST_COMPLETED)
+            ways: list[asyncio.Future[Any]] = [listen, speak, end]
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             if end.done():
                 why = end.result()
             elif listen.done() and isinstance(error := listen.exception(), BadMessage):

@@ -21,6 +21,7 @@ def upgrade() -> None:
         Column("created", Float, nullable=False),
         Column("folder", Text, nullable=False),
         Column("quotas", Text, nullable=False),
+        Column("sites", Text, nullable=False),
     )
     op.create_table(
         "events",
