@@ -375,7 +375,7 @@ class Office:
             "run": run.id, "status": run.status, "error": run.error, "created": run.created,
             "signer": json.loads(run.signer)["name"] if run.signer else "",
             "round": f"{latest.round}/{latest.rounds}" if latest else "", "sites": list(run.sites),
-            "files": files,
+            "files": files, "folder": run.folder,
         }  # fmt: skip
 
     # who is who

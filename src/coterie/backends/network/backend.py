@@ -55,7 +55,8 @@ class NetworkBackend:
 
     def send(self, actions: Sequence[Action]) -> None:
         """Take the plan's actions; the models among them are on disk when this returns."""
-        self._loop = asyncio.get_running_loop()
+        if self._loop is not (loop := asyncio.get_running_loop()):  # one plan after the other
+            self._loop, self._arrived = loop, asyncio.Queue()
         cancelled = []
         for action in actions:
             if isinstance(action, Task):

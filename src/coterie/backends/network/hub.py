@@ -39,8 +39,13 @@ SILENCE = 120.0  # seconds
 class Identity(Protocol):
     """Whom a certificate belongs to."""
 
-    name: str  # of the site
-    serial: int  # of the certificate
+    @property
+    def name(self) -> str:
+        """Of the site."""
+
+    @property
+    def serial(self) -> int:
+        """Of the certificate."""
 
 
 @dataclass
