@@ -49,7 +49,7 @@ def quickstart(
     home = out / "deployment"
     make_folder(home)
     names = [f"site-{number}" for number in range(1, sites + 1)]
-    _set_up(home, names, config.folder)
+    set_up(home, names, config.folder)
     with ExitStack() as stack:
         server = stack.enter_context(_process("server", home, "--listen", f"{HERE}:0", *_data(data_dir)))
         address = f"{HERE}:{server.hear('listening on').rpartition(':')[2]}"
@@ -85,7 +85,7 @@ def _run(config: Config, keys: Path, address: str, watch: Callable[[Progress], N
     return Path(line["folder"])
 
 
-def _set_up(home: Path, names: list[str], code: Path) -> None:
+def set_up(home: Path, names: list[str], code: Path) -> None:
     """An authority for a day, and everybody's keys. Sites may use the code beside the config."""
     authority = security.Authority.create(home / "ca", "a trial")
 
@@ -120,7 +120,8 @@ class Process:
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
         self.lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
 
     def hear(self, what: str) -> str:
         """Wait for the line that says so. Raises RunError with the end of its log when it ends instead."""
@@ -144,11 +145,13 @@ class Process:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.listener.join()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.put(line.strip())
+        with self.process.stdout as lines:
+            for line in lines:
+                self.lines.put(line.strip())
         self.lines.put(None)
 
 

@@ -312,7 +312,7 @@ class Office:
 
     def _heard(self, run: str, moment: dict[str, Any], progress: Progress) -> None:
         before = self.latest.get(run)
-        if before is None or before.round < progress.round:
+        if progress.round > (before.round if before else 0):
             telemetry.ROUNDS.labels(run).inc()
             if before is not None:
                 telemetry.ROUND_SECONDS.observe(progress.seconds - before.seconds)
