@@ -3,6 +3,7 @@
 import shutil
 import stat
 import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -343,7 +344,7 @@ def test_what_does_not_belong_into_a_folder_is_refused(ca, site, tmp_path):
             install(site, pem)
     assert before == {path: path.read_bytes() for path in site.iterdir()}
     (site / "tls.key").write_bytes((tmp_path / "b" / "tls.key").read_bytes())
-    with pytest.raises(Untrusted, match="not the key of tls.crt"):
+    with pytest.raises(Untrusted, match=r"not the key of tls.crt"):
         credentials(site)
     (site / "tls.key").write_bytes(b"-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n")
     with pytest.raises(ConfigError, match="no private key") as error:
@@ -413,6 +414,28 @@ def test_an_external_authority(tmp_path, ca):
     adopted.revoke(copied.serial)
     with pytest.raises(Untrusted, match="revoked"):
         verified((party / "tls.crt").read_bytes(), root, revoked=Authority.open(adopted.folder).revoked())
+
+
+def test_pki_needs_no_torch_and_names_the_extra_that_it_needs(tmp_path):
+    def run(before, *words):
+        script = (
+            f"import sys; {before}; from coterie.cli import app; app({list(words)!r}, standalone_mode=False)"
+        )
+        script += "; assert 'torch' not in sys.modules"
+        return subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    for words in (["pki", "init"], ["pki", "issue", "site", "a"], ["pki", "rotate", "a"], ["pki", "list"]):
+        assert run("pass", *words).returncode == 0
+    missing = run("sys.modules['cryptography'] = None", "pki", "init", "other")
+    assert "coterie[deploy]" in missing.stderr
+    assert not (tmp_path / "other").exists()
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['cryptography'] = None; import coterie.storage"],
+        check=False,
+    )
+    assert done.returncode == 0
 
 
 def test_the_commands(tmp_path, monkeypatch):

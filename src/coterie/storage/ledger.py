@@ -24,9 +24,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from coterie.core.errors import ConfigError, RunError
 from coterie.storage.files import make_folder, sync_folder, write_atomic, write_error
 
@@ -250,6 +247,10 @@ def _signed(what: str, data: bytes) -> bytes:
 
 
 def _signed_by(public: bytes, data: bytes, signature: bytes) -> bool:
+    # of the extra `deploy`, which runs without a network do not need
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
+
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
     except (InvalidSignature, ValueError):
