@@ -137,10 +137,13 @@ def test_each_reason_not_to_trust_has_its_own_error(ca, site, tmp_path):
     now = datetime.now(UTC)
     other = Authority.create(tmp_path / "other", "Test authority")  # the same name, another key
     csr = request_of(site, "hospital-a", "site")
+    lasting = Authority.create(tmp_path / "lasting", now=now + timedelta(days=10))
+    long = lasting.issue(csr, "site", "hospital-a", days=3650, now=now + timedelta(days=11))
     operator = ca.issue(new_key(tmp_path / "o", "alice", "operator"), "operator", "alice")
     cases = [
         ("self-signed", self_signed(site), {}),
         ("expired on", pem, {"now": now + timedelta(days=91)}),
+        ("authority that is trusted here has expired", long, {"now": now + timedelta(days=3651)}),
         ("valid only from", pem, {"now": now - timedelta(hours=1)}),
         (f"revoked .serial {serial:x}", pem, {"revoked": {serial}}),
         ("not signed by an authority trusted here", other.issue(csr, "site", "hospital-a"), {}),
@@ -417,25 +420,25 @@ def test_an_external_authority(tmp_path, ca):
 
 
 def test_pki_needs_no_torch_and_names_the_extra_that_it_needs(tmp_path):
-    def run(before, *words):
-        script = (
-            f"import sys; {before}; from coterie.cli import app; app({list(words)!r}, standalone_mode=False)"
-        )
-        script += "; assert 'torch' not in sys.modules"
+    def run(script):
+        script = f"import sys; from coterie.cli import app; {script}"
         return subprocess.run(
             [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
         )
 
-    for words in (["pki", "init"], ["pki", "issue", "site", "a"], ["pki", "rotate", "a"], ["pki", "list"]):
-        assert run("pass", *words).returncode == 0
-    missing = run("sys.modules['cryptography'] = None", "pki", "init", "other")
+    commands = ["pki init", "pki issue site a", "pki rotate a", "pki token b --server h:1", "pki list"]
+    found = run(
+        f"codes = [app(each.split(), standalone_mode=False) for each in {commands}]; "
+        "assert not any(codes); assert 'torch' not in sys.modules"
+    )
+    assert found.returncode == 0, found.stderr
+    missing = run(
+        "sys.modules['cryptography'] = None; app(['pki', 'init', 'other'], standalone_mode=False); "
+        "import coterie.storage"
+    )
+    assert missing.returncode == 0, missing.stderr  # the error was told; storage needs no cryptography
     assert "coterie[deploy]" in missing.stderr
     assert not (tmp_path / "other").exists()
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.modules['cryptography'] = None; import coterie.storage"],
-        check=False,
-    )
-    assert done.returncode == 0
 
 
 def test_the_commands(tmp_path, monkeypatch):

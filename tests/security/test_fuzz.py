@@ -145,7 +145,7 @@ def test_ledgers_and_heads(made, tmp_path):
     public, draw = own.identity.signing_key, random.Random(4)
     files = {name: (base / name).read_bytes() for name in ("ledger", "ledger.head")}
     assert len(verify(base / "ledger", public)) == 3
-    for _ in range(CASES):
+    for case in range(CASES):
         name = draw.choice(list(files))
         for each, data in files.items():
             (tmp_path / each).write_bytes(data)
@@ -155,5 +155,7 @@ def test_ledgers_and_heads(made, tmp_path):
             continue
         with pytest.raises(Tampered):
             verify(tmp_path / "ledger", public)
-        with suppress(Tampered):  # opening looks at the end only
+        if case % 4:
+            continue
+        with suppress(Tampered):  # opening looks at the end only, and flushes to the disk
             Ledger(tmp_path / "ledger", lambda data: sign(own.signing_key, data), public).close()

@@ -1,7 +1,10 @@
 """The site's policy: the default is safe, each rule refuses by name, and what leaves is what may."""
 
+import re
+import tomllib
 import traceback
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -188,6 +191,20 @@ def test_mistakes_in_the_file(tmp_path, text, message, hint):
     assert message in said
     assert hint in said
     assert len(said) < 800
+
+
+def test_the_guide_says_every_key():
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "identity.md").read_text("utf-8")
+    keys = {name for name in Policy.model_fields if name not in ("privacy", "limits")}
+    keys |= {
+        f"{name}.{key}"
+        for name in ("privacy", "limits")
+        for key in type(getattr(Policy(), name)).model_fields
+    }
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert keys <= set(re.findall(r"`([\w.]+)`", " ".join(rows)))
+    for example in re.findall(r"```toml\n(.*?)```", text, re.DOTALL):
+        assert Policy.read(tomllib.loads(example)).signers == ("alice",)
 
 
 def test_files_that_are_none(tmp_path):

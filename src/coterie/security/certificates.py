@@ -194,6 +194,8 @@ def verified(
         if now < start:
             hint = "is this machine's clock right?"
             raise Untrusted(f"{whose} is valid only from {start:%Y-%m-%d %H:%M} UTC on", hint)
+    if all(now > each.not_valid_after_utc for each in trusted):
+        raise Untrusted("the certificate of the authority that is trusted here has expired")
     authorities = ExtensionPolicy.webpki_defaults_ca()
     verifier = (
         PolicyBuilder()
