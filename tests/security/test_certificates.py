@@ -3,6 +3,7 @@
 import shutil
 import stat
 import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -136,10 +137,13 @@ def test_each_reason_not_to_trust_has_its_own_error(ca, site, tmp_path):
     now = datetime.now(UTC)
     other = Authority.create(tmp_path / "other", "Test authority")  # the same name, another key
     csr = request_of(site, "hospital-a", "site")
+    lasting = Authority.create(tmp_path / "lasting", now=now + timedelta(days=10))
+    long = lasting.issue(csr, "site", "hospital-a", days=3650, now=now + timedelta(days=11))
     operator = ca.issue(new_key(tmp_path / "o", "alice", "operator"), "operator", "alice")
     cases = [
         ("self-signed", self_signed(site), {}),
         ("expired on", pem, {"now": now + timedelta(days=91)}),
+        ("authority that is trusted here has expired", long, {"now": now + timedelta(days=3651)}),
         ("valid only from", pem, {"now": now - timedelta(hours=1)}),
         (f"revoked .serial {serial:x}", pem, {"revoked": {serial}}),
         ("not signed by an authority trusted here", other.issue(csr, "site", "hospital-a"), {}),
@@ -343,7 +347,7 @@ def test_what_does_not_belong_into_a_folder_is_refused(ca, site, tmp_path):
             install(site, pem)
     assert before == {path: path.read_bytes() for path in site.iterdir()}
     (site / "tls.key").write_bytes((tmp_path / "b" / "tls.key").read_bytes())
-    with pytest.raises(Untrusted, match="not the key of tls.crt"):
+    with pytest.raises(Untrusted, match=r"not the key of tls.crt"):
         credentials(site)
     (site / "tls.key").write_bytes(b"-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n")
     with pytest.raises(ConfigError, match="no private key") as error:
@@ -413,6 +417,28 @@ def test_an_external_authority(tmp_path, ca):
     adopted.revoke(copied.serial)
     with pytest.raises(Untrusted, match="revoked"):
         verified((party / "tls.crt").read_bytes(), root, revoked=Authority.open(adopted.folder).revoked())
+
+
+def test_pki_needs_no_torch_and_names_the_extra_that_it_needs(tmp_path):
+    def run(script):
+        script = f"import sys; from coterie.cli import app; {script}"
+        return subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    commands = ["pki init", "pki issue site a", "pki rotate a", "pki token b --server h:1", "pki list"]
+    found = run(
+        f"codes = [app(each.split(), standalone_mode=False) for each in {commands}]; "
+        "assert not any(codes); assert 'torch' not in sys.modules"
+    )
+    assert found.returncode == 0, found.stderr
+    missing = run(
+        "sys.modules['cryptography'] = None; app(['pki', 'init', 'other'], standalone_mode=False); "
+        "import coterie.storage"
+    )
+    assert missing.returncode == 0, missing.stderr  # the error was told; storage needs no cryptography
+    assert "coterie[deploy]" in missing.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_commands(tmp_path, monkeypatch):

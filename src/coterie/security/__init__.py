@@ -5,6 +5,13 @@ party), `enrolment` (how a site gets its first one), `signing` and `policy`. Soc
 the process that runs a site's work; the ledger of what left is `storage.ledger`.
 """
 
+from coterie.errors import ConfigError
+
+try:
+    import cryptography  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ConfigError("cryptography is not installed", "pip install 'coterie[deploy]'") from error
+
 from coterie.security.certificates import (
     Identity,
     Role,

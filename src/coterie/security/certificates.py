@@ -194,6 +194,8 @@ def verified(
         if now < start:
             hint = "is this machine's clock right?"
             raise Untrusted(f"{whose} is valid only from {start:%Y-%m-%d %H:%M} UTC on", hint)
+    if all(now > each.not_valid_after_utc for each in trusted):
+        raise Untrusted("the certificate of the authority that is trusted here has expired")
     authorities = ExtensionPolicy.webpki_defaults_ca()
     verifier = (
         PolicyBuilder()
@@ -207,7 +209,7 @@ def verified(
     except (VerificationError, ValueError):
         signer = leaf.issuer.rfc4514_string()[:200]
         raise Untrusted(
-            f"the certificate of {found} was not signed by an authority trusted here: its issuer is {signer!r}"
+            f"the certificate of {found} was not signed by an authority trusted here; its issuer: {signer!r}"
         ) from None
     _check_purpose(leaf, found)
     if role is not None and found.role != role:
@@ -219,9 +221,27 @@ def verified(
 
 def read_certificates(pem: bytes) -> list[x509.Certificate]:
     """The certificates of a PEM, at least one. Raises Untrusted."""
-    if len(pem) <= MAX_PEM and (found := _readable(lambda: x509.load_pem_x509_certificates(pem))):
+
+    def read() -> list[x509.Certificate]:
+        found = x509.load_pem_x509_certificates(pem)
+        for each in found:  # the fields are parsed when first asked for, so that is done here
+            _ = (
+                each.issuer,
+                each.subject,
+                each.extensions,
+                each.not_valid_before_utc,
+                each.not_valid_after_utc,
+            )
+        return found
+
+    if len(pem) <= MAX_PEM and (found := _readable(read)):
         return found
     raise Untrusted("this is no certificate in PEM")
+
+
+def key_of(cert_pem: bytes) -> object:
+    """The public key of the first certificate; None when it is of an unknown kind. Raises Untrusted."""
+    return _readable(read_certificates(cert_pem)[0].public_key)
 
 
 def read_request(csr_pem: bytes) -> tuple[tuple[str, str] | None, ec.EllipticCurvePublicKey, bytes]:
@@ -265,20 +285,15 @@ def renew_at(cert_pem: bytes) -> datetime:
 
 
 def _identity(certificate: x509.Certificate) -> Identity:
-    extensions = _readable(lambda: certificate.extensions)
-    claim = _claim(extensions) if extensions is not None else None
-    if extensions is None or claim is None:
+    claim = _claim(certificate.extensions)
+    if claim is None:
         raise Untrusted(
             "the certificate names no party",
             "it needs one URI such as coterie://site/NAME among its subject alternative names",
         )
-    binding, public = _signing_extension(extensions), _readable(certificate.public_key)
-    if binding and not isinstance(public, ec.EllipticCurvePublicKey):
-        raise Untrusted("the certificate's key is not ECDSA")
+    binding = _signing_extension(certificate.extensions)
+    signing_key = _proved(binding, _readable(certificate.public_key)) if binding else b""
     role, name = claim
-    signing_key = (
-        _proved(binding, public) if isinstance(public, ec.EllipticCurvePublicKey) and binding else b""
-    )
     return Identity(name, check_role(role), certificate.serial_number, signing_key)
 
 
@@ -324,10 +339,11 @@ def _signing_extension(extensions: x509.Extensions) -> bytes:
     return found[0].value if found and isinstance(found[0], x509.UnrecognizedExtension) else b""
 
 
-def _proved(binding: bytes, public: ec.EllipticCurvePublicKey) -> bytes:
+def _proved(binding: bytes, public: object) -> bytes:
     """The signing key of an extension, which must have signed the TLS key. Raises Untrusted."""
     key, proof = binding[2:34], binding[34:]
-    if binding[:2] != b"\x04\x60" or not signing.verify(key, _bound(public), proof):
+    ours = isinstance(public, ec.EllipticCurvePublicKey) and signing.verify(key, _bound(public), proof)
+    if binding[:2] != b"\x04\x60" or not ours:
         raise Untrusted("the signing key did not sign the TLS key beside it")
     return key
 

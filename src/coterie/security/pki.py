@@ -352,7 +352,7 @@ def _load_key(path: Path) -> object:
 
 
 def _fits(key: ec.EllipticCurvePrivateKey, cert_pem: bytes) -> bool:
-    return bool(read_certificates(cert_pem)[0].public_key() == key.public_key())
+    return certs.key_of(cert_pem) == key.public_key()
 
 
 def _refuse(folder: Path, *names: str) -> None:

@@ -30,7 +30,7 @@ from coterie.errors import ConfigError
 from coterie.security.files import read_text
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
-_CODE = re.compile(r"[\w./\\-]+:[^\W\d]\w*")  # package.module:Name, file.py:Name
+_CODE = re.compile(r".+:[^\W\d]\w*|.+\.py(:.*)?", re.DOTALL)  # package.module:Name, file.py:Name
 _TIME = r"([01]\d|2[0-3]):([0-5]\d)"
 _EXCEPTION = re.compile(r"([A-Za-z_]\w*\.)*([A-Za-z_]\w*)(?=:|$)")
 
@@ -39,7 +39,7 @@ _Digest = Annotated[str, StringConstraints(pattern=r"^(sha256:)?[0-9a-f]{64}$")]
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _Signer = Annotated[str, StringConstraints(pattern=rf"^(ed25519:[0-9a-f]{{64}}|{_NAME})$")]
 _Window = Annotated[str, StringConstraints(pattern=rf"^{_TIME}-({_TIME}|24:00)$")]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Privacy(BaseModel):
@@ -95,11 +95,13 @@ class Policy(BaseModel):
         try:
             return cls.model_validate(_tuples(found))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
+            # of a union's errors the deepest: of the member that the value was meant as
+            worst = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
             at = ".".join(
-                str(part) for part in first["loc"] if not str(part).startswith(("literal", "tuple"))
+                str(part) for part in worst["loc"] if not str(part).startswith(("literal[", "tuple["))
             )
-            raise ConfigError(f"{where}: {at} = {str(first['input'])[:80]!r}: {first['msg'][:200]}") from None
+            said = f"{at} = {repr(worst['input'])[:80]}: {worst['msg'][:200]}"
+            raise ConfigError(f"{where}: {said}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,17 +217,19 @@ def _within(window: str, now: datetime) -> bool:
     return start <= time < end if start < end else time >= start or time < end
 
 
-def _code_named(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a config that reads like module:Name, with where it stands."""
-    open_values = [(where, value)]
+def _code_named(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every text in a config that names code, or would be tried as if it did, with where it stands."""
+    open_values: list[tuple[str, str, Any]] = [("", "", config)]
     while open_values:
-        at, each = open_values.pop()
-        if isinstance(each, str) and _CODE.fullmatch(each):
-            yield at, each
-        elif isinstance(each, Mapping):
-            open_values += [(f"{at}.{key}" if at else str(key), item) for key, item in each.items()]
-        elif isinstance(each, list | tuple):
-            open_values += [(f"{at}[{index}]", item) for index, item in enumerate(each)]
+        at, key, value = open_values.pop()
+        if isinstance(value, Mapping):
+            open_values += [(f"{at}.{name}".lstrip("."), name, each) for name, each in value.items()]
+        elif isinstance(value, list | tuple):
+            open_values += [(f"{at}[{index}]", key, each) for index, each in enumerate(value)]
+        elif isinstance(value, str):
+            loaded = key == "fit" or (key in ("kind", "dataset") and ":" in value)
+            if loaded or _CODE.fullmatch(value):
+                yield at, value
 
 
 def _types(text: str) -> Iterator[str]:

@@ -6,8 +6,9 @@ SHA-256 of the line before it, and facts; the party's Ed25519 key signs it. Besi
 missed. An edit, a cut, a swap, an insertion and another signer are found by `verify`.
 
 What no file can show: whoever holds the key can write everything anew, and a copy of ledger and head from an
-earlier day is a right ledger of that day. So let somebody else keep heads ("witness" entries in the server's
-ledger) and give them to `verify`, which then finds a ledger that is not a continuation of them.
+earlier day is a right ledger of that day. So let somebody else keep heads and give them to `verify`, which
+then finds a ledger that is not a continuation of them. `coterie audit` takes them from the server's ledger:
+entries of kind "witness" with `key` (the party's public key in hexadecimal), `n` and `digest`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from coterie.core.errors import ConfigError, RunError
 from coterie.storage.files import make_folder, sync_folder, write_atomic, write_error
@@ -63,7 +61,7 @@ class Entry:
 
 
 class Ledger:
-    """The ledger that this process writes; no other can at the same time."""
+    """The ledger that this process writes; no other can at the same time. Not for several threads at once."""
 
     def __init__(
         self,
@@ -250,6 +248,10 @@ def _signed(what: str, data: bytes) -> bytes:
 
 
 def _signed_by(public: bytes, data: bytes, signature: bytes) -> bool:
+    # of the extra `deploy`, which runs without a network do not need
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
+
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
     except (InvalidSignature, ValueError):
