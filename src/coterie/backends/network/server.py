@@ -31,7 +31,6 @@ from coterie.backends.network.messages import (
 )
 from coterie.core.errors import CoterieError
 from coterie.storage import Blobs, Corrupt
-from coterie.storage.files import sync_folder
 
 SERVICE = "coterie.v1.Federation"
 FEATURES = ("zstd",)
@@ -129,7 +128,8 @@ class Server:
         speak = asyncio.ensure_future(_speak(outbox, context))
         why = ""
         try:
-            await asyncio.wait([listen, speak, end], return_when=asyncio.FIRST_COMPLETED)
+            ways: list[asyncio.Future[Any]] = [listen, speak, end]
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             if end.done():
                 why = end.result()
             elif listen.done() and isinstance(error := listen.exception(), BadMessage):
@@ -166,16 +166,12 @@ class Server:
         offer = await _first(Offer, context)
         site, up = identity.name, offer.up
         if self.hub.given(site, offer.run, offer.id) is None:
-            await context.abort(
-                grpc.StatusCode.NOT_FOUND, f"run {offer.run}: nobody waits for task {offer.id}"
-            )
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"nobody waits for task {offer.id}")
         if up.size > (course := self.hub.runs[offer.run]).limit:
             why = f"site {site}: its update of {up.size} bytes is larger than {course.limit}"
             self.hub.lose(course, [offer.id], why)
             await context.abort(grpc.StatusCode.NOT_FOUND, why)
-        inbox = Blobs(
-            self.hub.blobs.folder / "arriving" / site
-        )  # parts of its own: nobody else can spoil them
+        inbox = Blobs(self.hub.blobs.folder / "arriving" / site)  # parts that nobody else can spoil
         key = (site, up.digest)
         self._uploads[key] = context
 
@@ -192,10 +188,7 @@ class Server:
             if up.digest not in self.hub.blobs:
                 if (held := inbox.held(up.digest)) < up.size:
                     await context.write(bytes(Have(held=held)))
-                held = await transfer.receive(frames(), inbox, up)
-                if up.digest in inbox:
-                    inbox.path(up.digest).replace(self.hub.blobs.path(up.digest))
-                    sync_folder(self.hub.blobs.folder)
+                held = await transfer.receive(frames(), inbox, up, into=self.hub.blobs)
             await context.write(bytes(Have(held=held)))
         except Corrupt as error:
             await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
