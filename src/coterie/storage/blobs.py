@@ -89,6 +89,14 @@ class Blobs:
                 return path.stat().st_size
         return 0
 
+    def begun(self, digest: str) -> hashlib._Hash:
+        """A running SHA-256 of the part that is here."""
+        part = self._part(digest)
+        if not part.exists():
+            return hashlib.sha256()
+        with part.open("rb") as file:
+            return hashlib.file_digest(file, "sha256")
+
     def receive(self, digest: str, start: int, data: bytes | memoryview) -> int:
         """Add bytes to a part, from `start` on; return how many there are now.
 
@@ -107,10 +115,11 @@ class Blobs:
         except OSError as error:
             raise write_error(part, error, 0) from error
 
-    def finish(self, digest: str, size: int, *, into: Blobs | None = None) -> None:
+    def finish(self, digest: str, size: int, *, found: str = "", into: Blobs | None = None) -> None:
         """Make a part a whole blob, once its digest is right. Raises Corrupt; the part is then dropped.
 
-        into: the folder where it shall lie, of the same file system; this one unless told.
+        found: the digest of the part, from `begun` on; without it the part is read. into: the folder where it
+        shall lie, on the same file system; this one unless told.
         """
         whole = (into or self).path(digest)
         part = self._part(digest)
@@ -118,7 +127,7 @@ class Blobs:
             part.unlink(missing_ok=True)
             return
         with part.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = found or hashlib.file_digest(file, "sha256").hexdigest()
             arrived = file.seek(0, os.SEEK_END)
             if found == digest and arrived == size:
                 os.fsync(file.fileno())

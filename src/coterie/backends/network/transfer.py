@@ -95,19 +95,27 @@ async def receive(
 
     def keep(frame: bytes) -> int:
         offset, data = opened(frame)
-        if offset + len(data) > blob.size:
-            raise BadMessage(f"a chunk that ends at byte {offset + len(data)} of {blob.size}")
+        if offset != held or offset + len(data) > blob.size:
+            raise BadMessage(f"bytes {offset} to {offset + len(data)} after {held} of {blob.size}")
+        seen.update(data)
         return blobs.receive(blob.digest, offset, data)
 
-    held = blobs.held(blob.digest)
-    while held < blob.size:
-        if not (frame := await anext(frames, b"")):
-            return held
-        try:
-            held = await asyncio.to_thread(keep, frame)
-        except (BadMessage, ValueError):
-            return held
-    await asyncio.to_thread(blobs.finish, blob.digest, blob.size, into=into)
+    held, seen = blobs.held(blob.digest), await asyncio.to_thread(blobs.begun, blob.digest)
+    ahead = asyncio.ensure_future(anext(frames, b""))  # one is kept while the next arrives
+    try:
+        while held < blob.size:
+            if not (frame := await ahead):
+                return held
+            if held + CHUNK < blob.size:
+                ahead = asyncio.ensure_future(anext(frames, b""))
+            try:
+                held = await asyncio.to_thread(keep, frame)
+            except BadMessage:
+                return held
+    finally:
+        ahead.cancel()
+        await asyncio.gather(ahead, return_exceptions=True)
+    await asyncio.to_thread(blobs.finish, blob.digest, blob.size, found=seen.hexdigest(), into=into)
     return held
 
 
