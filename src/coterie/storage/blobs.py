@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from coterie.core.errors import ConfigError, RunError
 from coterie.core.types import Tree
-from coterie.storage.files import dump_tree, make_folder, open_tree, sync_folder, write_atomic, write_error
+from coterie.storage.files import dump_tree, make_folder, open_tree, sync_folder, write_error
 
 CHUNK = 1 << 20  # bytes read at a time
 
@@ -66,22 +66,30 @@ class Blobs:
             raise ValueError(f"{digest[:80]!r} is no SHA-256 in hexadecimal")
         return self.folder / digest
 
-    def write(self, tree: Tree) -> Blob:
-        """Keep a tree, durably; return its name. Raises what `core.codec.encode` does, RunError."""
+    def write(self, tree: Tree, *, lasting: bool = True) -> Blob:
+        """Keep a tree; return its name. Raises what `core.codec.encode` does, RunError.
+
+        lasting: durably. False is quicker, and for what nobody will look for after a crash of the machine.
+        """
         known = hashlib.sha256()
         size = 0
-
-        def stream(file: BinaryIO) -> None:
-            nonlocal size
-            for part in dump_tree(tree):
-                known.update(part)
-                size += len(part)
-                file.write(part)
-
         arriving = self.folder / f"new-{os.urandom(8).hex()}"
-        write_atomic(arriving, stream)
-        arriving.replace(self.path(known.hexdigest()))
-        sync_folder(self.folder)
+        try:
+            with arriving.open("xb") as file:
+                for part in dump_tree(tree):
+                    known.update(part)
+                    size += len(part)
+                    file.write(part)
+                if lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
+            arriving.replace(self.path(known.hexdigest()))
+            if lasting:
+                sync_folder(self.folder)
+        except OSError as error:
+            raise write_error(arriving, error, size) from error
+        finally:
+            arriving.unlink(missing_ok=True)
         self._send(known.hexdigest(), size)
         return Blob(known.hexdigest(), size)
 
@@ -123,7 +131,15 @@ class Blobs:
                 return path.stat().st_size
         return 0
 
-    def receive(self, digest: str, start: int, data: bytes) -> int:
+    def begun(self, digest: str) -> hashlib._Hash:
+        """A running SHA-256 of the part that is here."""
+        part = self._part(digest)
+        if not part.exists():
+            return hashlib.sha256()
+        with part.open("rb") as file:
+            return hashlib.file_digest(file, "sha256")
+
+    def receive(self, digest: str, start: int, data: bytes | memoryview) -> int:
         """Add bytes to a part, from `start` on; return how many there are now.
 
         What is there already is written again, never skipped over. Raises RunError when the disk is full,
@@ -141,14 +157,19 @@ class Blobs:
         except OSError as error:
             raise write_error(part, error, 0) from error
 
-    def finish(self, digest: str, size: int) -> None:
-        """Make a part a whole blob, once its digest is right. Raises Corrupt; the part is then dropped."""
-        part, whole = self._part(digest), self.path(digest)
+    def finish(self, digest: str, size: int, *, found: str = "", into: Blobs | None = None) -> None:
+        """Make a part a whole blob, once its digest is right. Raises Corrupt; the part is then dropped.
+
+        found: the digest of the part, from `begun` on; without it the part is read. into: the folder where it
+        shall lie, on the same file system; this one unless told.
+        """
+        whole = (into or self).path(digest)
+        part = self._part(digest)
         if whole.exists():
             part.unlink(missing_ok=True)
             return
         with part.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = found or hashlib.file_digest(file, "sha256").hexdigest()
             arrived = file.seek(0, os.SEEK_END)
             if found == digest and arrived == size:
                 os.fsync(file.fileno())
@@ -156,7 +177,7 @@ class Blobs:
             part.unlink()
             raise Corrupt(f"a blob arrived damaged: {arrived} bytes of {found[:12]}, not {digest[:12]}")
         part.replace(whole)
-        sync_folder(self.folder)
+        sync_folder(whole.parent)
 
     def keep(self, wanted: Collection[str]) -> None:
         """Drop every whole blob that is not among these, at home too."""

@@ -105,29 +105,21 @@ def test_a_run_goes_on_from_its_log(tmp_path):
         def plan():
             return schedule(made, made.init(WORLD.problem.model()), WORLD.clients)
 
-        async with AsyncExitStack() as stack:
-            handlers = {site: Trains(WORLD, made) for site in SITES}
-            for again in range(2):
-                async with serving(tmp_path / f"hub-{upto}") as (hub, port), AsyncExitStack() as sites:
-                    hub.open(opening(), HOSTS)
-                    for site in SITES:
-                        folder = tmp_path / f"{site}-{upto}"
-                        await sites.enter_async_context(linked(link_of(site, port, folder, handlers[site])))
-                    kept = list(log)
-                    try:
-                        state = await asyncio.to_thread(
-                            play,
-                            hub,
-                            plan(),
-                            "run-1",
-                            place_of,
-                            replay=kept,
-                            on_event=on_event if not again else log.append,
-                        )
-                    except Stop:
-                        continue
-            assert [head for _, head in log[: len(kept)]] == [head for _, head in kept]
-            return trees.digest(state), sum(handler.count for handler in handlers.values())
+        handlers = {site: Trains(WORLD, made) for site in SITES}
+        for again in (False, True):
+            async with serving(tmp_path / f"hub-{upto}") as (hub, port), AsyncExitStack() as sites:
+                hub.open(opening(), HOSTS)
+                for site in SITES:
+                    folder = tmp_path / f"{site}-{upto}"
+                    await sites.enter_async_context(linked(link_of(site, port, folder, handlers[site])))
+                heard = (lambda record: None) if again else on_event
+                try:
+                    state = await asyncio.to_thread(
+                        play, hub, plan(), "run-1", place_of, replay=list(log), on_event=heard
+                    )
+                except Stop:
+                    continue
+        return trees.digest(state), sum(handler.count for handler in handlers.values())
 
     for upto in (1, 4, 5):  # not across a commit, where a log is pruned
         digest, count = asyncio.run(go(upto))

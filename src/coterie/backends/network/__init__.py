@@ -10,10 +10,8 @@ from coterie.core.errors import ConfigError
 try:
     import grpc as _grpc  # noqa: F401
     import zstandard as _zstandard  # noqa: F401
-except ImportError as error:
-    raise ConfigError(
-        f"the network needs {error.name}, which is not installed", "pip install 'coterie[deploy]'"
-    ) from None
+except ImportError as _error:
+    raise ConfigError(f"the network needs {_error.name}", "pip install 'coterie[deploy]'") from None
 
 from coterie.backends.network.backend import NetworkBackend
 from coterie.backends.network.hub import Hub, Identity

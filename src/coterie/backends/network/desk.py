@@ -1,4 +1,4 @@
-"""What a site has on its disk: answers that the server has not confirmed, and blobs, as many as there is room."""
+"""What a site has on its disk: answers that are not confirmed, and blobs while there is room."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ class Desk:
                 if isinstance(message, Answered) and message.up.digest in blobs:
                     self.answered[message.run, message.id] = message
                     self.need(message.up)
-        here = [blobs.path(digest) for digest in blobs if digest not in self._needed]
-        self._idle |= {
-            path.name: path.stat().st_size for path in sorted(here, key=lambda at: at.stat().st_mtime)
-        }
+        ages = {digest: blobs.path(digest).stat() for digest in blobs if digest not in self._needed}
+        for digest in sorted(ages, key=lambda each: ages[each].st_mtime):
+            self._idle[digest] = ages[digest].st_size
 
     def need(self, blob: Blob) -> None:
         """Keep a blob, once more."""

@@ -91,9 +91,9 @@ class Course:
 class Hub:
     """Connects the runs of a server with the sites. Made in its event loop; called there, too.
 
-    blobs: a folder of the hub's own: what no run holds is deleted. silence: seconds. verify: (identity, bytes,
-    signature) -> is it the site's? None: replies need no signature. ended: run -> how it ended, "" when it
-    did not. tell: called as tell(what, **facts) with whatever happens, for logs, metrics and the ledger.
+    blobs: a folder of the hub's own: what no run holds is deleted. silence: seconds. verify: (identity,
+    bytes, signature) -> is it the site's? None: replies need no signature. ended: run -> how it ended, ""
+    when it did not. tell: called as tell(what, **facts) with all that happens, for logs, metrics, the ledger.
     """
 
     def __init__(

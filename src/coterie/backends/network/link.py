@@ -73,7 +73,7 @@ class Handler(Protocol):
     def accepted(
         self, run: str, version: int, accepted: Mapping[ClientId, int], flying: Sequence[int]
     ) -> None:
-        """A commit: these tasks' memories are the clients' from now on. The newest comes again at each joining."""
+        """A commit: these tasks' memories are the clients' from now on. The newest comes again at joining."""
 
     def closed(self, run: str, status: str) -> None:
         """The run has ended."""
@@ -168,8 +168,8 @@ class Link:
             self.handler.work(run, [doing[0]])
             return
         message = Answered(
-            run=run, id=id, version=doing[0].version, up=up, weight=float(weight), metrics=dict(metrics or {}), samples=samples,
-            answers=list(answers),
+            run=run, id=id, version=doing[0].version, up=up, weight=float(weight),
+            metrics=dict(metrics or {}), samples=samples, answers=list(answers),
         )  # fmt: skip
         if self.sign:
             message = message.model_copy(update={"signature": self.sign(message.signed())})
@@ -186,7 +186,7 @@ class Link:
             self.tell("failed", run=run, id=id, reason=reason)
 
     async def renew(self, request: bytes) -> bytes:
-        """Have a certificate issued for a signing request. Raises Refused, and RunError when not connected."""
+        """Have a certificate issued for a signing request. Raises Refused, RunError when not connected."""
         if self._outbox is None:
             raise RunError("the server cannot be reached now", "try again when the site is connected")
         try:

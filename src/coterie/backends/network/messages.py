@@ -40,7 +40,7 @@ class BadMessage(RunError):
 
 
 def _named(blob: Blob) -> Blob:
-    if not _DIGEST.fullmatch(blob.digest) or not 0 <= blob.size < 2**50:
+    if not _DIGEST.fullmatch(blob.digest) or not 0 < blob.size < 2**50:
         raise ValueError("no blob")
     return blob
 

@@ -31,7 +31,6 @@ from coterie.backends.network.messages import (
 )
 from coterie.core.errors import CoterieError
 from coterie.storage import Blobs, Corrupt
-from coterie.storage.files import sync_folder
 
 SERVICE = "coterie.v1.Federation"
 FEATURES = ("zstd",)
@@ -171,16 +170,12 @@ class Server:
         offer = await _first(Offer, context)
         site, up = identity.name, offer.up
         if self.hub.given(site, offer.run, offer.id) is None:
-            await context.abort(
-                grpc.StatusCode.NOT_FOUND, f"run {offer.run}: nobody waits for task {offer.id}"
-            )
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"nobody waits for task {offer.id}")
         if up.size > (course := self.hub.runs[offer.run]).limit:
             why = f"site {site}: its update of {up.size} bytes is larger than {course.limit}"
             self.hub.lose(course, [offer.id], why)
             await context.abort(grpc.StatusCode.NOT_FOUND, why)
-        inbox = Blobs(
-            self.hub.blobs.folder / "arriving" / site
-        )  # parts of its own: nobody else can spoil them
+        inbox = Blobs(self.hub.blobs.folder / "arriving" / site)  # parts that nobody else can spoil
         key = (site, up.digest)
         self._uploads[key] = context
 
@@ -197,10 +192,7 @@ class Server:
             if up.digest not in self.hub.blobs:
                 if (held := inbox.held(up.digest)) < up.size:
                     await context.write(bytes(Have(held=held)))
-                held = await transfer.receive(frames(), inbox, up)
-                if up.digest in inbox:
-                    inbox.path(up.digest).replace(self.hub.blobs.path(up.digest))
-                    sync_folder(self.hub.blobs.folder)
+                held = await transfer.receive(frames(), inbox, up, into=self.hub.blobs)
             await context.write(bytes(Have(held=held)))
         except Corrupt as error:
             await context.abort(grpc.StatusCode.DATA_LOSS, str(error))

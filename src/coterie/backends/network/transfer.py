@@ -12,7 +12,7 @@ import hashlib
 import struct
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import zstandard
@@ -85,33 +85,37 @@ async def chunks(path: Path, start: int, *, compress: bool = False) -> AsyncIter
 
 
 async def receive(
-    frames: AsyncIterator[bytes], blobs: Blobs, blob: Blob, moved: Callable[[int], None] = lambda size: None
+    frames: AsyncIterator[bytes], blobs: Blobs, blob: Blob, *, into: Blobs | None = None
 ) -> int:
     """Add frames to a blob until it is whole, they end, or one is damaged; return how many bytes are here.
 
-    moved: called with the bytes of each frame. Raises Corrupt when the whole is not what its name says, RunError
-    when the disk is full.
+    into: where the whole shall lie. Raises Corrupt when the whole is not what its name says, RunError when
+    the disk is full.
     """
 
     def keep(frame: bytes) -> int:
         offset, data = opened(frame)
-        if offset + len(data) > blob.size:
-            raise BadMessage(f"a chunk that ends at byte {offset + len(data)} of {blob.size}")
-        return blobs.receive(blob.digest, offset, data)  # type: ignore[arg-type]  # written as it is
+        if offset != held or offset + len(data) > blob.size:
+            raise BadMessage(f"bytes {offset} to {offset + len(data)} after {held} of {blob.size}")
+        seen.update(data)
+        return blobs.receive(blob.digest, offset, data)
 
-    held = blobs.held(blob.digest)
-    while held < blob.size:
-        frame = await anext(frames, b"")
-        if not frame:
-            return held
-        try:
-            held = await asyncio.to_thread(keep, frame)
-        except (BadMessage, ValueError):
-            return held
-        moved(len(frame))
-    if blob.size == 0 and blob.digest not in blobs:
-        blobs.receive(blob.digest, 0, b"")
-    await asyncio.to_thread(blobs.finish, blob.digest, blob.size)
+    held, seen = blobs.held(blob.digest), await asyncio.to_thread(blobs.begun, blob.digest)
+    ahead = asyncio.ensure_future(anext(frames, b""))  # one is kept while the next arrives
+    try:
+        while held < blob.size:
+            if not (frame := await ahead):
+                return held
+            if held + CHUNK < blob.size:
+                ahead = asyncio.ensure_future(anext(frames, b""))
+            try:
+                held = await asyncio.to_thread(keep, frame)
+            except BadMessage:
+                return held
+    finally:
+        ahead.cancel()
+        await asyncio.gather(ahead, return_exceptions=True)
+    await asyncio.to_thread(blobs.finish, blob.digest, blob.size, found=seen.hexdigest(), into=into)
     return held
 
 
@@ -143,7 +147,7 @@ class Shelf:
     def write(self, who: str, tree: Tree) -> Blob:
         """Keep a tree, held once. Raises what Blobs.write does."""
         while True:
-            blob = self.blobs.write(tree)
+            blob = self.blobs.write(tree, lasting=False)
             with self._lock:  # the same bytes may have been let go of since they were written
                 if blob.digest in self.blobs:
                     self._hold(who, blob.digest)
