@@ -11,6 +11,7 @@ from coterie.core.errors import (
     ConfigError,
     CoterieError,
     DataError,
+    Fenced,
     Interrupted,
     NonFinite,
     OutOfRange,
@@ -29,6 +30,7 @@ from coterie.core.gather import (
     gather,
     interleave,
     take,
+    unfolded,
 )
 from coterie.core.seeds import Key, derive, rng, seeded, uniform
 from coterie.core.types import (
@@ -54,8 +56,9 @@ from coterie.core.types import (
 
 __all__ = [
     "Action", "Aggregator", "Algorithm", "Backend", "Cancel", "ClientId", "ClientWork", "Commit",
-    "ConfigError", "CoterieError", "DataError", "Event", "Fold", "Gathered", "Interrupted", "Key",
-    "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost", "Reply", "RunError",
-    "Schedule", "Task", "Tick", "Timer", "Tree", "accept", "ask", "awaits", "derive", "drive", "empty",
-    "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take", "uniform",
+    "ConfigError", "CoterieError", "DataError", "Event", "Fenced", "Fold", "Gathered", "Interrupted",
+    "Key", "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost", "Reply",
+    "RunError", "Schedule", "Task", "Tick", "Timer", "Tree", "accept", "ask", "awaits", "derive", "drive",
+    "empty", "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take", "unfolded",
+    "uniform",
 ]  # fmt: skip

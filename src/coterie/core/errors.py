@@ -6,7 +6,8 @@ CoterieError
 ├── RunError           the run itself failed; its last checkpoint stays               exit code 1
 │   ├── QuorumLost     fewer replies than the quorum
 │   ├── NonFinite      NaN or infinity in an update or a loss
-│   └── OutOfRange     a value too large for exact accumulation
+│   ├── OutOfRange     a value too large for exact accumulation
+│   └── Fenced         another server has taken the run over
 └── Interrupted        the user stopped the run; it can be resumed                    exit code 130
 """
 
@@ -45,6 +46,10 @@ class NonFinite(RunError):
 
 class OutOfRange(RunError):
     """A weighted value too large for exact accumulation."""
+
+
+class Fenced(RunError):
+    """Another server has taken over; this one must write nothing more."""
 
 
 class Interrupted(CoterieError):

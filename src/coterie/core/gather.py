@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from coterie.core.types import (
     Aggregator,
     Cancel,
     ClientId,
+    Event,
     Lost,
     Plan,
     Replies,
@@ -33,6 +34,7 @@ from coterie.core.types import (
 )
 
 OnNan = Literal["stop", "drop"]
+T = TypeVar("T")
 
 
 class Fold(NamedTuple):
@@ -339,6 +341,43 @@ def interleave(job: Callable[[Task], Generator[Sequence[Action], Any, Reply]]) -
         else:
             key = owner.pop(event.id if isinstance(event, Tick) else event.task.id, None)
             actions = advance(key, event) if key in live else []
+
+
+def unfolded(
+    plan: Plan[T], job: Callable[[Task], Generator[Sequence[Action], Any, Reply]]
+) -> Generator[Sequence[Action], Any, T]:
+    """The plan with its "fold" tasks done here, by `job` (`fold_task`): for backends that have no relays."""
+    relay, below = interleave(job), set[int]()
+    next(relay)
+
+    def relayed(event: Event) -> tuple[list[Action], Reply | None]:
+        actions = relay.send(event)
+        below.update(action.id for action in actions if isinstance(action, Task | Timer))
+        answers = [action for action in actions if isinstance(action, Reply)]
+        return [a for a in actions if not isinstance(a, Reply)], answers[0] if answers else None
+
+    out: list[Action] = []
+    try:
+        actions = next(plan)
+        while True:
+            for action in actions:
+                fold = isinstance(action, Task) and action.kind == "fold"
+                out += relayed(action)[0] if fold else [action]  # type: ignore[arg-type]
+            event, out = (yield out), []
+            while event is not None and (event.id if isinstance(event, Tick) else event.task.id) in below:
+                rest, answer = relayed(event)
+                if answer is not None:
+                    event, out = answer, rest
+                    break
+                event = yield rest
+                while event is None:  # the rest were cancellations
+                    event = yield []
+            actions = plan.send(event)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        plan.close()
 
 
 def awaits(actions: Sequence[Action]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,21 +14,18 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from coterie.backends import InProcess
 from coterie.core import (
     Commit,
     ConfigError,
     CoterieError,
     Event,
+    Fenced,
     Fold,
     Interrupted,
     Lost,
     Reply,
     RunError,
     Task,
-    Tree,
-    ask,
-    drive,
     native,
     run_sync,
     trees,
@@ -37,6 +34,7 @@ from coterie.data import Dataset, describe, spread
 from coterie.experiment import baselines, report
 from coterie.experiment.assemble import Parts, assemble, resolved
 from coterie.experiment.config import Config, load
+from coterie.experiment.place import Here, Kept, Place
 from coterie.experiment.plots import worst_decile
 from coterie.experiment.records import Progress, Result
 from coterie.experiment.tensorboard import board
@@ -86,39 +84,30 @@ def run(
         folder = folder or RunFolder.create(None, config.name, folder_out)
         with folder.lock(), _logged(folder.log):
             folder.write_config(resolved(config))
-            session = Session(parts, folder, watch or (lambda progress: None), stop or (lambda: False))
+            place = Here(parts, folder)
+            session = Session(parts, folder, place, watch or (lambda progress: None), stop or (lambda: False))
             return run_sync(session.run)
 
 
 class Session:
     """One stretch of a run, from its start or a checkpoint to its end, a failure or an interruption."""
 
-    def __init__(self, parts: Parts, folder: RunFolder, watch: Watch, stop: Callable[[], bool]) -> None:
-        self.parts, self.folder, self.watch, self.stop = parts, folder, watch, stop
+    def __init__(
+        self, parts: Parts, folder: RunFolder, place: Place, watch: Watch, stop: Callable[[], bool]
+    ) -> None:
+        self.parts, self.folder, self.place, self.watch, self.stop = parts, folder, place, watch, stop
         settings = parts.config.run
-        self.checkpoints = folder.checkpoints(settings["keep_checkpoints"])
-        self.memories = folder.memories()
-        self.pool = parts.pool(self.memories)
-        self.pool.progress = self._worked
         self.started = time.perf_counter()
-        fresh = {"state": parts.algorithm.init(parts.initial), "resume": None, "clock": None, "memories": 0}
-        found = self.checkpoints.latest() or (0, fresh, {"seconds": {"total": 0.0, "train": 0.0}})
-        self.version, kept, meta = found
-        self.state: Tree = kept["state"]
-        self.resume: Tree = kept["resume"]
-        self.memories.back_to(self.version, kept["memories"])
-        if self.resume is not None:
-            self.resume = {**self.resume, "memory": self.memories.at(self.version)}
-        self.before: dict[str, float] = meta["seconds"]
-        self.first = self.version
-        folder.truncate(self.version)
-        self.rows: list[dict[str, Any]] = []
+        fresh = Kept(0, parts.algorithm.init(parts.initial), None, {"total": 0.0, "train": 0.0})
+        kept = place.open(self._worked) or fresh
+        self.version, self.state, self.resume, self.before = kept
+        self.first, self.now = self.version, 0.0
+        self.rows: list[Mapping[str, Any]] = []
         self.totals = dict.fromkeys(("samples", "lost", "up", "down"), 0)
         for row in folder.rows():
             self._count(row)
         self.done = 0  # clients, in this round
         self.board = board(folder.path, self.version) if settings["tensorboard"] else None
-        self.backend: InProcess = parts.backend(self.pool, kept["clock"])
 
     @property
     def rounds(self) -> int:
@@ -132,28 +121,29 @@ class Session:
         try:
             if self.version < self.rounds:
                 plan = self.parts.schedule(self.parts.algorithm, self.state, clients, self.resume)
-                asyncio.run(drive(plan, self.backend, on_commit=self._commit, on_event=self._event))
+                self.place.drive(plan, self._commit, self._event)
             by_client = self._evaluate_clients()
             compared = self._baselines()
+        except Fenced:
+            raise  # the folder may be the successor's already
         except CoterieError as error:
             status = "interrupted" if isinstance(error, Interrupted) else "failed"
             with suppress(RunError, OSError):  # a full disk: what went wrong first is what to tell
                 self._finish(status, {}, {}, str(error))
             raise
         finally:
-            self.pool.close()
-            self.memories.close()
+            self.place.close()
         return self._finish("finished", by_client, compared)
 
     def seconds(self) -> dict[str, float]:
         """Wall time of the whole run so far, earlier stretches included."""
         return {
             "total": self.before["total"] + time.perf_counter() - self.started,
-            "train": self.before["train"] + self.backend.busy,
+            "train": self.before["train"] + self.place.busy,
         }
 
     def _event(self, now: float, event: Event) -> None:
-        del now
+        self.now = now
         if isinstance(event, Lost):
             log.info("round %d: %s is lost: %s", event.task.round + 1, event.task.client, event.reason)
         elif isinstance(event, Reply) and event.task.kind == "fold":
@@ -179,33 +169,23 @@ class Session:
 
     def _commit(self, commit: Commit) -> None:
         """Write what a kill at any later moment must not lose, in the order that allows one at any moment."""
-        self.version, self.state, self.done = commit.version, commit.state, 0
-        settings, last = self.parts.config.run, commit.version >= self.rounds
-        row = {"round": commit.version, "version": commit.version, "time": self.backend.now}
-        if last or commit.version % settings["evaluate_every"] == 0:
+        self.version, self.state, self.resume, self.done = commit.version, commit.state, commit.resume, 0
+        last = commit.version >= self.rounds
+        row = {"round": commit.version, "version": commit.version, "time": self.now}
+        if last or commit.version % self.parts.config.run["evaluate_every"] == 0:
             measured = self.parts.problem.measure(commit.state["model"], *self.parts.test)
             row |= {name: value for name, value in measured.items() if name != "count"}
         row |= {"seconds": self.seconds()["total"], **commit.metrics}
-        flying = {task.id for task in commit.resume.get("flying", ())}
-        self.memories.commit(commit.version, commit.accepted, flying)
-        self._append(row)
-        if last or commit.version % settings["checkpoint_every"] == 0:
-            kept = {
-                "state": commit.state,
-                "resume": commit.resume,
-                "clock": self.backend.clock(),
-                "memories": self.memories.newest(),
-            }
-            self.memories.prune(self.checkpoints.save(commit.version, kept, {"seconds": self.seconds()}))
+        self.place.commit(commit, row, self._append, self.seconds)
         self._tell()
 
-    def _append(self, row: dict[str, Any]) -> None:
+    def _append(self, row: Mapping[str, Any]) -> None:
         self.folder.append(row)
         self._count(row)
         if self.board is not None:
             self.board(row)
 
-    def _count(self, row: dict[str, Any]) -> None:
+    def _count(self, row: Mapping[str, Any]) -> None:
         self.rows.append(row)
         for name, value in (
             ("samples", row["samples"]),
@@ -237,7 +217,7 @@ class Session:
                 eta=(seconds - self.before["total"]) / made * (self.rounds - self.version) if made else None,
                 note=note,
                 done=self.done,
-                total=max(self.done, self.backend.asked) if self.done else 0,
+                total=max(self.done, self.place.asked) if self.done else 0,
             )
         )
 
@@ -254,10 +234,9 @@ class Session:
         wanted, people = self.parts.config.run["evaluate_clients"], self.parts.population
         chosen = people.clients if wanted is True else spread(people.clients, int(wanted))
         holders = [client for client in chosen if people.sizes(client)[1]]
-        down = {"model": self.state["model"]}
-        tasks = [Task(i, c, self.version, self.version, down, "evaluate") for i, c in enumerate(holders)]
-        backend = InProcess(self.pool)
-        replies = asyncio.run(drive(ask(tasks), backend, on_event=lambda now, event: self._check_stop()))
+        down, ids = {"model": self.state["model"]}, itertools.count(self.resume["next"])
+        tasks = [Task(next(ids), c, self.version, self.version, down, "evaluate") for c in holders]
+        replies = self.place.ask(tasks, lambda now, event: self._check_stop())
         return {client: dict(reply.metrics) for client, reply in replies.items()}
 
     def _baselines(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +138,7 @@ class RunFolder:
 
         Raises RunError when the disk is full; then the rows before it stay as they were.
         """
-        line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        line = row_text(row).encode() + b"\n"
         path = self.path / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -161,6 +161,10 @@ class RunFolder:
         """
         return [row for _, row in self._lines()]
 
+    def write_rows(self, rows: Sequence[str]) -> None:
+        """Make metrics.jsonl these rows (`row_text`), atomically."""
+        write_atomic(self.path / "metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
+
     def truncate(self, after_round: int) -> None:
         """Drop the rows of later rounds ("round" > after_round) and a last line cut short, atomically."""
         path = self.path / "metrics.jsonl"
@@ -169,14 +173,14 @@ class RunFolder:
             write_atomic(path, b"".join(kept))
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, wait: bool = False) -> Iterator[None]:
         """Be the only process that writes this run; what a killed one left half-written is removed.
 
-        The lock ends with the process. Raises RunError when another process holds it.
+        The lock ends with the process. Raises RunError when another process holds it, unless told to wait.
         """
         with (self.path / "lock").open("a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 raise RunError(
                     f"{self.path}: another process is writing this run", "wait for it, or stop it and resume"
@@ -210,6 +214,11 @@ class RunFolder:
             return json.loads(path.read_bytes()) if path.exists() else None
         except ValueError as error:
             raise RunError(f"{path} is damaged: {error}", "restore the file") from error
+
+
+def row_text(row: Mapping[str, Any]) -> str:
+    """A row of metrics.jsonl: JSON on one line. NaN and infinities become null."""
+    return json.dumps(_finite(row), allow_nan=False)
 
 
 def _unused(folder: Path) -> bool:
