@@ -1,11 +1,14 @@
 """What all tests share: one thread, and where the real data lies."""
 
 import os
+import secrets
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+import databases
 
 torch.set_num_threads(1)
 settings.register_profile("coterie", deadline=None)  # machines are shared: slow is no failure
@@ -20,3 +23,23 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not there; set COTERIE_DATA to a folder of data sets")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """The URL of a PostgreSQL server of the tests' own."""
+    with databases.cluster() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request, tmp_path):
+    """The URL of an empty database, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/server/server.db"
+    import psycopg
+
+    server, name = request.getfixturevalue("postgres"), f"t{secrets.token_hex(6)}"
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f"create database {name}")
+    return f"{server}/{name}"

@@ -93,7 +93,11 @@ class Database:
                 self.guard = AdvisoryGuard(self.engine)
             else:
                 raise ConfigError(f"database {self.name!r}: neither a file nor a server", _URLS)
-            self._migrate()
+            try:
+                self._migrate()
+            except BaseException:
+                self.engine.dispose()
+                raise
 
     def close(self) -> None:
         """Let go of all connections, and of the lease's lock: another server may take over."""
@@ -326,9 +330,11 @@ def _blob(row: Any) -> Blob | None:
 def _create(path: Path) -> None:
     """Make an SQLite file with something in it, so that an empty one is known to be cut to nothing."""
     if path.exists():
-        if path.stat().st_size == 0:
+        with path.open("rb") as head:
+            page, size = int.from_bytes(head.read(18)[16:]), head.seek(0, os.SEEK_END)
+        if size == 0 or size % (page if page > 1 else 65536):  # SQLite would read zeros, or start anew
             raise RunError(
-                f"{path} is damaged: it is empty", "put a copy of the database in its place, or remove it"
+                f"{path} is damaged: it was cut to {size} bytes", "put a copy of the database in its place"
             )
         return
     make_folder(path.parent)
