@@ -82,7 +82,7 @@ def run(
         parts = assemble(config, data_dir=folder_data, **parts_of)  # type: ignore[arg-type]
         folder = _reopen(config, folder_out) if resume else None
         folder = folder or RunFolder.create(None, config.name, folder_out)
-        with folder.lock(), _logged(folder.log):
+        with folder.lock(), logged(folder.log):
             folder.write_config(resolved(config))
             place = Here(parts, folder)
             session = Session(parts, folder, place, watch or (lambda progress: None), stop or (lambda: False))
@@ -237,7 +237,7 @@ class Session:
         down, ids = {"model": self.state["model"]}, itertools.count(self.resume["next"])
         tasks = [Task(next(ids), c, self.version, self.version, down, "evaluate") for c in holders]
         replies = self.place.ask(tasks, lambda now, event: self._check_stop())
-        return {client: dict(reply.metrics) for client, reply in replies.items()}
+        return {client: dict(replies[client].metrics) for client in holders if client in replies}
 
     def _baselines(self) -> dict[str, Any]:
         wanted, samples = self.parts.config.compare, self.totals["samples"]
@@ -376,10 +376,12 @@ def _threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    """Send the library's log to the run's file as well."""
+def logged(path: Path, thread: int | None = None) -> Iterator[None]:
+    """Send the library's log to the run's file as well; thread: only what this one says."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if thread is not None:
+        handler.addFilter(lambda record: record.thread == thread)
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -1,0 +1,272 @@
+"""A server's runs: submit, stop, resume, delete; so many at once, the oldest first, each in its own thread.
+
+What is to be done stands in the database, so a server that starts goes on with what another left: what was
+queued, and what was running or interrupted when that one ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import shutil
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from coterie.core import ConfigError, CoterieError, Event, Fenced, Interrupted, RunError
+from coterie.experiment.assemble import Parts, assemble, resolved
+from coterie.experiment.config import Config, load
+from coterie.experiment.records import Progress
+from coterie.experiment.run import Session, logged
+from coterie.experiment.served import Carrier, Served
+from coterie.storage import Blobs, RunFolder
+from coterie.storage.database import Database, Run
+from coterie.storage.files import make_folder
+
+GOES_ON = ("queued", "running", "interrupted")
+EXIT_CODES: Mapping[str, int] = {"finished": 0, "failed": 1, "stopped": 130, "interrupted": 130}
+N = TypeVar("N", int, float)
+log = logging.getLogger("coterie")
+Connect = Callable[[Run, Parts, Sequence[tuple[float, Event]]], Carrier]
+
+
+class Quotas(NamedTuple):
+    """What a run may use in all; None: as much as it likes."""
+
+    rounds: int | None = None
+    bytes: int | None = None  # up and down
+    seconds: float | None = None  # of wall time, while it runs
+
+
+UNLIMITED = Quotas()
+
+
+class Queue:
+    """The runs of the server that holds the database's lease, from its start to `close`.
+
+    folder: where run folders and blobs lie. connect: makes a run's carrier (`served.Carrier`). home: fsspec
+    URL under which blobs are kept too, for a standby on another machine. watch: told of every run's progress.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        folder: Path,
+        connect: Connect,
+        *,
+        at_once: int = 2,
+        quotas: Quotas = UNLIMITED,
+        home: str | None = None,
+        data_dir: Path | None = None,
+        watch: Callable[[str, Progress], None] = lambda run, progress: None,
+    ) -> None:
+        self.database, self.folder, self.connect, self.at_once = database, folder, connect, at_once
+        self.quotas, self.home, self.data_dir, self.watch = quotas, home, data_dir, watch
+        self.changed = threading.Condition()  # guards what follows; told when a run has ended
+        self.places: dict[str, Served | None] = {}  # of the runs at work; None: still being assembled
+        self.asked: dict[str, CoterieError] = {}  # how a run that has no place yet is to end
+        self.closing = False
+
+    def start(self) -> None:
+        """Go on with all that a server left here before."""
+        with self.changed:
+            for run in self.database.runs("running", "interrupted"):
+                self.database.set_status(run.id, "queued")
+            self._fill()
+
+    def submit(self, config: str, *, signer: str | None = None, quotas: Quotas = UNLIMITED) -> str:
+        """Queue a run of this config (TOML); its id.
+
+        Raises ConfigError or DataError, before anything is written, when the config cannot work or asks for
+        more than the quotas (the stricter of these and the server's).
+        """
+        parts = self._assembled(config)
+        allowed = self.quotas
+        quotas = Quotas(
+            _stricter(quotas.rounds, allowed.rounds),
+            _stricter(quotas.bytes, allowed.bytes),
+            _stricter(quotas.seconds, allowed.seconds),
+        )
+        if quotas.rounds is not None and parts.schedule.rounds > quotas.rounds:
+            raise ConfigError(
+                f"schedule.rounds = {parts.schedule.rounds}: this server allows {quotas.rounds}",
+                "ask for fewer rounds, or the operator for more",
+            )
+        id = f"{parts.config.name}-{secrets.token_hex(4)}"
+        digest = hashlib.sha256(config.encode()).hexdigest()
+        folder, name = str(self.folder / "runs" / id), parts.config.name
+        run = Run(id, name, config, digest, signer, "queued", "", time.time(), folder, quotas._asdict())
+        with self.changed:
+            self.database.add_run(run)
+            self._fill()
+        return id
+
+    def stop(self, id: str) -> None:
+        """Stop a run, which can be resumed. Raises ConfigError when it has ended already."""
+        with self.changed:
+            run = self.database.run(id)
+            if id in self.places:
+                self._end(id, Stopped(f"run {id} was stopped", f"resume {id}"))
+            elif run.status in GOES_ON:
+                self.database.set_status(id, "stopped")
+            else:
+                raise ConfigError(
+                    f"run {id}: is {run.status}", "only what is queued or running can be stopped"
+                )
+
+    def resume(self, id: str) -> None:
+        """Queue a run that was stopped or has failed. Raises ConfigError when it is neither."""
+        with self.changed:
+            run = self.database.run(id)
+            if id in self.places or run.status not in ("stopped", "failed", "interrupted"):
+                raise ConfigError(f"run {id}: is {run.status}", "only what was stopped or failed can go on")
+            self.database.set_status(id, "queued")
+            self._fill()
+
+    def delete(self, id: str) -> None:
+        """Stop a run and remove all there is of it. A kill in the middle leaves a run to be deleted again."""
+        run = self.database.run(id)
+        with self.changed:
+            self._end(id, Stopped(f"run {id} was deleted"))
+            self.changed.wait_for(lambda: id not in self.places)
+            if run.status != "stopped":
+                self.database.set_status(id, "stopped")
+        self._blobs(id).remove()
+        shutil.rmtree(run.folder, ignore_errors=True)
+        self.database.delete_run(id)
+
+    def wait(self, id: str, timeout: float | None = None) -> Run:
+        """Wait until a run is neither queued nor at work, or for so many seconds; the run as it is then."""
+
+        def ended() -> bool:
+            return id not in self.places and (self.closing or self.database.run(id).status not in GOES_ON)
+
+        with self.changed:
+            self.changed.wait_for(ended, timeout)
+        return self.database.run(id)
+
+    def close(self) -> None:
+        """End all threads; their runs are "interrupted", and the next server goes on with them."""
+        with self.changed:
+            self.closing = True
+            for id in self.places:
+                self._end(id, Interrupted("the server ended", "it goes on when a server starts"))
+            self.changed.wait_for(lambda: not self.places)
+            self.changed.notify_all()
+
+    def _end(self, id: str, error: CoterieError) -> None:
+        if id in self.places:
+            place = self.places[id]
+            self.asked.setdefault(id, error)
+            if place is not None:
+                place.end(error)
+
+    def _fill(self) -> None:
+        """Start the oldest that wait, up to so many."""
+        for run in self.database.runs("queued"):
+            if self.closing or len(self.places) >= self.at_once:
+                return
+            if run.id not in self.places:
+                self.places[run.id] = None
+                threading.Thread(target=self._work, args=(run,), name=f"run {run.id}").start()
+
+    def _work(self, run: Run) -> None:
+        """A run's thread."""
+        status, error = "finished", ""
+        try:
+            self.database.set_status(run.id, "running")
+            self._run(run)
+        except Fenced as fenced:
+            status = ""  # it is the successor's
+            log.warning("run %s: %s", run.id, fenced.args[0])
+        except Stopped as stopped:
+            status, error = "stopped", str(stopped.args[0])
+        except Interrupted as interrupted:
+            status, error = "interrupted", str(interrupted.args[0])
+        except CoterieError as failure:
+            status, error = "failed", str(failure)
+        except BaseException as bug:
+            log.exception("run %s", run.id)
+            status, error = "failed", f"{type(bug).__name__}: {bug}"
+        with self.changed:
+            if status:
+                try:
+                    self.database.set_status(run.id, status, error)
+                except CoterieError as lost:  # it stays "running", and goes on when a server starts
+                    log.warning("run %s is %s, which could not be written: %s", run.id, status, lost)
+            del self.places[run.id]
+            self.asked.pop(run.id, None)
+            with suppress(CoterieError):
+                self._fill()
+            self.changed.notify_all()
+
+    def _run(self, run: Run) -> None:
+        parts, folder = self._assembled(run.config), RunFolder(Path(run.folder))
+        torch.set_num_threads(parts.config.run["threads"])
+        make_folder(folder.path)
+        place = Served(
+            parts,
+            folder,
+            self.database,
+            run.id,
+            self._blobs(run.id),
+            lambda replay: self.connect(run, parts, replay),
+        )
+        with folder.lock(wait=True), logged(folder.log, threading.get_ident()):
+            with self.changed:
+                self.places[run.id] = place
+                if run.id in self.asked:
+                    place.end(self.asked[run.id])
+            folder.write_config(resolved(parts.config))
+            quotas = Quotas(**run.quotas)
+
+            def watch(progress: Progress) -> None:
+                used = progress.bytes_up + progress.bytes_down
+                if quotas.bytes is not None and used > quotas.bytes:
+                    place.end(_exceeded(f"{used} bytes", f"{quotas.bytes} bytes"))
+                self.watch(run.id, progress)
+
+            session = Session(parts, folder, place, watch, place.stopped)
+            if quotas.seconds is None:
+                session.run()
+                return
+            left, allowed = quotas.seconds - session.before["total"], f"{quotas.seconds:g} s"
+            timer = threading.Timer(max(left, 0.0), place.end, [_exceeded(allowed, allowed)])
+            timer.daemon = True
+            timer.start()
+            try:
+                session.run()
+            finally:
+                timer.cancel()
+
+    def _assembled(self, text: str) -> Parts:
+        return assemble(_config(text), data_dir=self.data_dir)
+
+    def _blobs(self, id: str) -> Blobs:
+        return Blobs(self.folder / "blobs" / id, None if self.home is None else f"{self.home}/{id}")
+
+
+class Stopped(Interrupted):
+    """An operator stopped the run."""
+
+
+def _config(text: str) -> Config:
+    try:
+        return load(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the config is no TOML: {error}") from None
+
+
+def _stricter(a: N | None, b: N | None) -> N | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def _exceeded(used: str, allowed: str) -> RunError:
+    return RunError(f"quota: the run used {used}, and may use {allowed}", "ask the operator for more")

@@ -1,0 +1,81 @@
+"""A server that gets killed: `served_child.py URL FOLDER`. Commands come on stdin, one a line:
+
+    step NUMBER       let it kill itself just before its NUMBERth SQL statement, commit or file operation
+    after SECONDS     kill it that long after it starts
+    end               let it run to the end
+
+A forked child does each, for importing torch takes longer than a run.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from sqlalchemy import Engine, event
+
+from coterie.experiment import report
+from coterie.experiment.queue import EXIT_CODES, Queue
+from coterie.storage.database import Database
+from sites import Sites
+
+
+def serve(url: str, folder: Path) -> int:
+    """Run what is queued, as a server that starts does; the exit code of the last run."""
+    database = Database(url)
+    assert database.acquire("server", timeout=10)
+    queue = Queue(
+        database,
+        folder,
+        lambda run, parts, replay: Sites(parts, folder / "sites" / run.id, replay),
+        at_once=1,
+    )
+    queue.start()
+    code = 0
+    for run in database.runs():
+        code = EXIT_CODES[queue.wait(run.id).status]
+    queue.close()
+    database.release()
+    return code
+
+
+def kill_at(number: int, folder: Path) -> None:
+    left = [number]
+
+    def step(*_: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(name: str, arguments: tuple[object, ...]) -> None:
+        if name in {"open", "os.rename", "os.link", "os.remove"}:
+            path = str(arguments[0])
+            if str(folder) in path and "/sites/" not in path:
+                step()
+
+    sys.addaudithook(watch)
+    event.listen(Engine, "before_cursor_execute", step)
+    event.listen(Engine, "commit", step)
+
+
+def main(url: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    report.write = lambda folder: folder
+    for line in sys.stdin:
+        kind, _, value = line.strip().partition(" ")
+        child = os.fork()
+        if child == 0:
+            if kind == "step":
+                kill_at(int(value), folder)
+            os._exit(serve(url, folder))
+        if kind == "after":
+            time.sleep(float(value))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
