@@ -1,8 +1,9 @@
-"""A server that gets killed: `served_child.py URL FOLDER`. Commands come on stdin, one a line:
+"""Servers that get killed. Commands come on stdin, one a line, each with a database's URL and a folder:
 
-    step NUMBER       let it kill itself just before its NUMBERth SQL statement, commit or file operation
-    after SECONDS     kill it that long after it starts
-    end               let it run to the end
+    step URL FOLDER NUMBER      let it kill itself just before its NUMBERth SQL statement, commit or file
+                                operation
+    after URL FOLDER SECONDS    kill it that long after it starts
+    end URL FOLDER              let it run to the end
 
 A forked child does each, for importing torch takes longer than a run.
 """
@@ -10,16 +11,26 @@ A forked child does each, for importing torch takes longer than a run.
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from sqlalchemy import Engine, event
 
-from coterie.experiment import report
+from coterie.experiment import report, run
 from coterie.experiment.queue import EXIT_CODES, Queue
 from coterie.storage.database import Database
 from sites import Sites
+
+WARM = {
+    "name": "warm",
+    "data": {"dataset": "digits", "partition": {"kind": "iid", "clients": 2}},
+    "model": {"kind": "softmax"},
+    "algorithm": {"kind": "fedavg", "client": {"lr": 0.1}},
+    "schedule": {"kind": "synchronous", "rounds": 1, "cohort": 1},
+    "backend": {"trainer": "loop"},
+}
 
 
 def serve(url: str, folder: Path) -> int:
@@ -34,8 +45,8 @@ def serve(url: str, folder: Path) -> int:
     )
     queue.start()
     code = 0
-    for run in database.runs():
-        code = EXIT_CODES[queue.wait(run.id).status]
+    for each in database.runs():
+        code = EXIT_CODES[queue.wait(each.id).status]
     queue.close()
     database.release()
     return code
@@ -60,22 +71,24 @@ def kill_at(number: int, folder: Path) -> None:
     event.listen(Engine, "commit", step)
 
 
-def main(url: str, folder: Path) -> None:
+def main() -> None:
     torch.set_num_threads(1)
     report.write = lambda folder: folder
+    with tempfile.TemporaryDirectory() as warm:  # imports what takes longer than a run
+        run(WARM, out=Path(warm) / "r")
     for line in sys.stdin:
-        kind, _, value = line.strip().partition(" ")
+        kind, url, folder, *value = line.split()
         child = os.fork()
         if child == 0:
             if kind == "step":
-                kill_at(int(value), folder)
-            os._exit(serve(url, folder))
+                kill_at(int(value[0]), Path(folder))
+            os._exit(serve(url, Path(folder)))
         if kind == "after":
-            time.sleep(float(value))
+            time.sleep(float(value[0]))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main()

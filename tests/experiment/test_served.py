@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -115,7 +115,8 @@ def replayed(parts, folder, ids):
 
 def timeless(folder):
     return [
-        {k: v for k, v in row.items() if k not in ("seconds", "time")} for row in RunFolder(folder).rows()
+        {k: v for k, v in row.items() if k not in ("seconds", "time")}
+        for row in RunFolder(Path(folder)).rows()
     ]
 
 
@@ -148,19 +149,19 @@ def test_a_served_run_is_the_same_experiment(kind, database, tmp_path):
     queue.close()
 
 
-@contextmanager
-def child(url, folder):
-    """tell(command) -> exit code of a server that is killed."""
+@pytest.fixture(scope="module")
+def child():
+    """child(command, URL, folder, value) -> exit code of a server that is killed."""
     here = Path(__file__)
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    command = [sys.executable, str(here.with_name("served_child.py")), url, str(folder)]
+    command = [sys.executable, str(here.with_name("served_child.py"))]
 
-    def tell(command):
-        process.stdin.write(f"{command}\n")
+    def tell(*command):
+        process.stdin.write(" ".join(map(str, command)) + "\n")
         process.stdin.flush()
         return int(process.stdout.readline())
 
@@ -170,7 +171,7 @@ def child(url, folder):
 
 
 @pytest.mark.parametrize("kind", ["synchronous", "scaffold", "buffered", "asynchronous", "stragglers"])
-def test_sigkill_anywhere(kind, database_url, tmp_path):
+def test_sigkill_anywhere(kind, database_url, child, tmp_path):
     whole, draw = expected(kind, tmp_path), random.Random(7)
     with closing(Database(database_url)) as database:
         database.acquire("test")
@@ -180,14 +181,12 @@ def test_sigkill_anywhere(kind, database_url, tmp_path):
         id = queue.submit(to_toml(config(kind)))
         database.release()
         code, kills = None, 0
-        with child(database_url, tmp_path) as tell:
-            while code != 0 and kills < 60:
-                code = tell(
-                    f"step {draw.randrange(1, 160)}" if kills % 4 else f"after {draw.uniform(0, 0.5)}"
-                )
-                assert code in (0, -signal.SIGKILL)
-                kills += code != 0
-            assert tell("end") == 0
+        while code != 0 and kills < 40:
+            how = ("step", draw.randrange(1, 140)) if kills % 4 else ("after", draw.uniform(0, 0.3))
+            code = child(how[0], database_url, tmp_path, how[1])
+            assert code in (0, -signal.SIGKILL)
+            kills += code != 0
+        assert child("end", database_url, tmp_path) == 0
         assert kills > 3
         ended = database.run(id)
         assert ended.status == "finished"
@@ -199,13 +198,17 @@ def test_sigkill_anywhere(kind, database_url, tmp_path):
             assert [row["round"] for row in RunFolder(Path(ended.folder)).rows()] == list(rounds)
         else:
             assert told["model_digest"] == whole.model_digest
-            assert timeless(ended.folder and Path(ended.folder)) == timeless(whole.folder)
-        kept = set(Blobs(tmp_path / "blobs" / id))
-        assert kept <= {blob.digest for _, blob in database.commits(id)}
-        assert not list(tmp_path.rglob("*.tmp"))
+            assert timeless(ended.folder) == timeless(whole.folder)
+        left = set(Blobs(tmp_path / "blobs" / id)) - {blob.digest for _, blob in database.commits(id)}
+        assert len(left) <= 1  # a kill just after the end leaves the empty blob of the clients' evaluation
+        assert not [
+            *tmp_path.glob("runs/**/*.tmp"),
+            *tmp_path.glob("blobs/**/*.tmp"),
+            *tmp_path.glob("blobs/**/new-*"),
+        ]
 
 
-def test_every_step_of_a_commit(tmp_path):
+def test_every_step_of_a_commit(child, tmp_path):
     """Kill at one step after the other, from copies of a run at its start."""
     short = {"schedule": {**BASE["schedule"], "rounds": 2, "cohort": 2}, "run": {"evaluate_clients": 2}}
     whole = expected("scaffold", tmp_path, **short)
@@ -216,17 +219,15 @@ def test_every_step_of_a_commit(tmp_path):
         queue.closing = True
         id = queue.submit(to_toml(config("scaffold", **short)))
         database.release()
-    with child(url, tmp_path / "x") as tell:
-        for step in range(5, 2000, 9):
-            shutil.rmtree(tmp_path / "x", ignore_errors=True)
-            shutil.copytree(start, tmp_path / "x")
-            code = tell(f"step {step}")
-            if code == 0:
-                break
-            assert tell("end") == 0, step
-            told = json.loads((tmp_path / "x" / "runs" / id / "result.json").read_text())
-            assert (told["status"], told["model_digest"]) == ("finished", whole.model_digest), step
-            assert timeless(tmp_path / "x" / "runs" / id) == timeless(whole.folder), step
+    for step in range(5, 2000, 5):
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        shutil.copytree(start, tmp_path / "x")
+        if child("step", url, tmp_path / "x", step) == 0:
+            break
+        assert child("end", url, tmp_path / "x") == 0, step
+        told = json.loads((tmp_path / "x" / "runs" / id / "result.json").read_text())
+        assert (told["status"], told["model_digest"]) == ("finished", whole.model_digest), step
+        assert timeless(tmp_path / "x" / "runs" / id) == timeless(whole.folder), step
     assert step > 60
 
 
@@ -337,8 +338,8 @@ def test_a_standby_on_another_machine_goes_on(database, tmp_path):
         calls = iter(range(after))
 
         def watch(progress):
-            if next(calls, None) is None:
-                raise Power
+            if next(calls, None) is None and progress.done:
+                raise Power  # in the middle of a round
 
         return Session(parts, folder, served, watch, lambda: False)
 

@@ -88,6 +88,7 @@ class Queue:
         more than the quotas (the stricter of these and the server's).
         """
         parts = self._assembled(config)
+        resolved(parts.config)  # refuses what could not be written down
         allowed = self.quotas
         quotas = Quotas(
             _stricter(quotas.rounds, allowed.rounds),
@@ -179,12 +180,11 @@ class Queue:
 
     def _work(self, run: Run) -> None:
         """A run's thread."""
-        status, error = "finished", ""
+        status, error = "", ""  # "" is what stands there already
         try:
             self.database.set_status(run.id, "running")
             self._run(run)
         except Fenced as fenced:
-            status = ""  # it is the successor's
             log.warning("run %s: %s", run.id, fenced.args[0])
         except Stopped as stopped:
             status, error = "stopped", str(stopped.args[0])
@@ -234,17 +234,17 @@ class Queue:
                 self.watch(run.id, progress)
 
             session = Session(parts, folder, place, watch, place.stopped)
-            if quotas.seconds is None:
-                session.run()
-                return
-            left, allowed = quotas.seconds - session.before["total"], f"{quotas.seconds:g} s"
-            timer = threading.Timer(max(left, 0.0), place.end, [_exceeded(allowed, allowed)])
+            allowed = threading.TIMEOUT_MAX if quotas.seconds is None else quotas.seconds
+            left = max(allowed - session.before["total"], 0.0)
+            timer = threading.Timer(left, place.end, [_exceeded(f"{allowed:g} s", f"{allowed:g} s")])
             timer.daemon = True
             timer.start()
             try:
                 session.run()
             finally:
                 timer.cancel()
+        self.database.set_status(run.id, "finished")
+        place.tidy()
 
     def _assembled(self, text: str) -> Parts:
         return assemble(_config(text), data_dir=self.data_dir)

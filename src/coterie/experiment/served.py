@@ -103,7 +103,8 @@ class Served:
         logged = self.database.events(self.run)
         self.replayed = len(logged)
         self.folder.write_rows(self.database.rows(self.run))
-        self._tidy()
+        self.blobs.sweep()
+        self.tidy()
         self.carrier = self.make(Log(logged, self.blobs))
         if kept is not None:
             self.carrier.accepted(kept.version, kept.resume["memory"], _flying(kept.resume))
@@ -133,7 +134,7 @@ class Served:
         self.database.commit(self.run, commit.version, blob, row_text(row), commit.accepted, keep)
         append(row)
         self.carrier.accepted(commit.version, commit.accepted, _flying(commit.resume))
-        self._tidy()
+        self.tidy()
         self.asked = 0
 
     def close(self) -> None:
@@ -215,7 +216,7 @@ class Served:
             )
         return None
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
         """Drop the blobs that no row names any more."""
         named = {blob.digest for _, blob in self.database.commits(self.run)}
         self.blobs.keep(named.union(each.blob.digest for each in self.database.events(self.run) if each.blob))

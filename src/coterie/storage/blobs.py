@@ -20,7 +20,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 from coterie.core.errors import ConfigError, RunError
 from coterie.core.types import Tree
-from coterie.storage.files import dump_tree, make_folder, open_tree, sync_folder, write_atomic, write_error
+from coterie.storage.files import (
+    dump_tree,
+    make_folder,
+    open_tree,
+    remove_temporary,
+    sync_folder,
+    write_atomic,
+    write_error,
+)
 
 CHUNK = 1 << 20  # bytes read at a time
 
@@ -168,6 +176,12 @@ class Blobs:
                     name = path.rpartition("/")[2]
                     if _DIGEST.fullmatch(name) and name not in wanted:
                         self._there.rm_file(name)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left; only while nobody writes. Parts stay, to be received on."""
+        remove_temporary(self.folder)
+        for leftover in self.folder.glob("new-*"):
+            leftover.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Drop everything, here and at home."""
