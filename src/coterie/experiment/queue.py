@@ -14,7 +14,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -72,6 +72,7 @@ class Queue:
         self.changed = threading.Condition()  # guards what follows; told when a run has ended
         self.places: dict[str, Served | None] = {}  # of the runs at work; None: still being assembled
         self.asked: dict[str, CoterieError] = {}  # how a run that has no place yet is to end
+        self.unwritten: dict[str, tuple[str, str]] = {}  # how runs ended, when the database could not be told
         self.closing = False
 
     def start(self) -> None:
@@ -126,9 +127,10 @@ class Queue:
         """Queue a run that was stopped or has failed. Raises ConfigError when it is neither."""
         with self.changed:
             run = self.database.run(id)
-            if id in self.places or run.status not in ("stopped", "failed", "interrupted"):
+            if id in self.places or run.status in ("queued", "finished"):
                 raise ConfigError(f"run {id}: is {run.status}", "only what was stopped or failed can go on")
             self.database.set_status(id, "queued")
+            self.unwritten.pop(id, None)
             self._fill()
 
     def delete(self, id: str) -> None:
@@ -137,21 +139,22 @@ class Queue:
         with self.changed:
             self._end(id, Stopped(f"run {id} was deleted"))
             self.changed.wait_for(lambda: id not in self.places)
-            if run.status != "stopped":
-                self.database.set_status(id, "stopped")
-        self._blobs(id).remove()
-        shutil.rmtree(run.folder, ignore_errors=True)
-        self.database.delete_run(id)
+            self.database.set_status(id, "stopped")
+            self._blobs(id).remove()
+            shutil.rmtree(run.folder, ignore_errors=True)
+            self.database.delete_run(id)
 
     def wait(self, id: str, timeout: float | None = None) -> Run:
         """Wait until a run is neither queued nor at work, or for so many seconds; the run as it is then."""
 
         def ended() -> bool:
-            return id not in self.places and (self.closing or self.database.run(id).status not in GOES_ON)
+            return id not in self.places and (self.closing or self.database.run(id).status != "queued")
 
         with self.changed:
             self.changed.wait_for(ended, timeout)
-        return self.database.run(id)
+            run = self.database.run(id)
+            status, error = self.unwritten.get(id, (run.status, run.error))
+        return run._replace(status=status, error=error)
 
     def close(self) -> None:
         """End all threads; their runs are "interrupted", and the next server goes on with them."""
@@ -199,7 +202,8 @@ class Queue:
             if status:
                 try:
                     self.database.set_status(run.id, status, error)
-                except CoterieError as lost:  # it stays "running", and goes on when a server starts
+                except CoterieError as lost:  # for the database it is "running"
+                    self.unwritten[run.id] = status, error
                     log.warning("run %s is %s, which could not be written: %s", run.id, status, lost)
             del self.places[run.id]
             self.asked.pop(run.id, None)
@@ -219,7 +223,7 @@ class Queue:
             self._blobs(run.id),
             lambda replay: self.connect(run, parts, replay),
         )
-        with folder.lock(wait=True), logged(folder.log, threading.get_ident()):
+        with folder.lock(wait=True), logged(folder.log, threading.get_ident()), closing(place):
             with self.changed:
                 self.places[run.id] = place
                 if run.id in self.asked:

@@ -389,5 +389,6 @@ def logged(path: Path, thread: int | None = None) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-        log.setLevel(level)
+        if thread is None:  # else others may still listen
+            log.setLevel(level)
         handler.close()

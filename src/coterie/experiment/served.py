@@ -139,7 +139,8 @@ class Served:
 
     def close(self) -> None:
         """Let go of the carrier."""
-        self.carrier.close()
+        carrier, self.carrier = self.carrier, _NOWHERE
+        carrier.close()
 
     def end(self, error: CoterieError) -> None:
         """Make the run end with this error, wherever it waits. From any thread; the first one counts."""
