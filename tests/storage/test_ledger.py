@@ -133,7 +133,7 @@ def test_who_has_no_key_cannot_write_it_anew(good, tmp_path):
     ledger._head_path(path).unlink()
     with pytest.raises(Tampered, match="the head"):
         verify(path, PUBLIC)
-    with pytest.raises(Tampered, match="the head does not know"):
+    with pytest.raises(Tampered, match="the head is missing"):
         Ledger(path, KEY.sign, PUBLIC)
     path.unlink()
     copy(good, tmp_path)
@@ -221,6 +221,21 @@ def test_killed_for_real(tmp_path):
         reported = 20 + len(writer.stdout.read().splitlines())
     written(path, 1)
     assert len(verify(path, PUBLIC)) in (reported + 1, reported + 2)
+
+
+def test_several_at_once_and_a_kill_within(tmp_path):
+    path = written(tmp_path / "l", 2)
+    head = ledger._head_path(path).read_bytes()
+    with Ledger(path, KEY.sign, PUBLIC) as book:
+        assert [each.n for each in book.extend([("a", {"x": 1}), ("b", {}), ("c", {})])] == [3, 4, 5]
+        assert book.extend([]) == []
+        with pytest.raises(ValueError, match="JSON"):
+            book.extend([("a", {}), ("b", {"x": b""})])
+    assert [each.kind for each in verify(path, PUBLIC)[2:]] == ["a", "b", "c"]
+    with path.open("r+b") as file:  # the head not yet written, the third line cut short
+        file.truncate(path.stat().st_size - 9)
+    ledger._head_path(path).write_bytes(head)
+    assert [each.kind for each in verify(written(path, 1), PUBLIC)[2:]] == ["a", "b", "reply"]
 
 
 def test_one_writer(tmp_path):
