@@ -120,9 +120,11 @@ class Ledger:
             _write_all(self._file, b"".join(lines))
             os.fsync(self._file.fileno())
             self._keep_head(head)
-        except (OSError, RunError) as error:
+        except BaseException as error:
             self._file.truncate(end)
-            raise error if isinstance(error, RunError) else write_error(self.path, error, 0) from error
+            if isinstance(error, OSError):
+                raise write_error(self.path, error, 0) from error
+            raise
         self.head = head
         return added
 
@@ -142,12 +144,13 @@ class Ledger:
 
     def _repaired(self, public: bytes) -> Head:
         """The head, once the end of the file is as a crash at any moment can have left it."""
-        known = head = _read_head(self.path, public)
-        if known is None or head is None:
+        head = _read_head(self.path, public)
+        if head is None:
             if self._file.seek(0, os.SEEK_END):
                 raise Tampered(0, f"is missing: {_head_path(self.path).name}", self.path)
-            known = head = Head(0, START)
+            head = Head(0, START)
             self._keep_head(head)
+        known = head
         end = self._file.seek(head.start)
         for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", self._file.read())):
             if number == 0 and head.n:
