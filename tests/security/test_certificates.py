@@ -295,15 +295,16 @@ def test_a_kill_while_rotating_leaves_a_pair_that_fits(ca, site, monkeypatch, st
     """Killed at each write or rename of `renewal` and `install` in turn."""
     old, done = credentials(site).identity, 0
 
-    def killed(path, data, **options):
+    def killed(path, data=b"", **options):
         nonlocal done
         if done == step:
             raise KeyboardInterrupt
         done += 1
         real(path, data, **options)
 
-    def no_rename(folder):
-        raise KeyboardInterrupt
+    def no_rename(folder):  # it is called by `renewal`, and again at the end of `install`
+        monkeypatch.setattr(pki, "credentials", killed)
+        return credentials(folder)
 
     real = pki.write_over
     monkeypatch.setattr(pki, "write_over", killed)
@@ -312,10 +313,11 @@ def test_a_kill_while_rotating_leaves_a_pair_that_fits(ca, site, monkeypatch, st
     with pytest.raises(KeyboardInterrupt):
         install(site, ca.renew(renewal(site), (site / "tls.crt").read_bytes()))
     monkeypatch.undo()
+    next_one = renewal(site)  # must not lose the key of the certificate that is there
     found = credentials(site)
     assert (found.identity.serial != old.serial) == (step == 3)
     assert found.identity.name == old.name
-    install(site, ca.renew(renewal(site), (site / "tls.crt").read_bytes()))
+    install(site, ca.renew(next_one, found.certificate))
     assert credentials(site).identity.serial != old.serial
 
 

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,13 @@ def said(call: Callable[[], object], *errors: type[Exception]) -> str:
     return ""
 
 
+def fresh(path: Path, data: bytes) -> Path:
+    """A new file: file systems flush one that is cut to nothing and written again, which is slow."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+    return path
+
+
 def der_of_any(pem: bytes) -> bytes:
     """What is between the lines of a PEM, however they are broken."""
     found = re.search(rb"-----BEGIN [A-Z ]+-----(.*?)-----END", pem, re.DOTALL)
@@ -122,11 +130,11 @@ def test_keys(made):
         path = base / "site" / name
         right = path.read_bytes()
         for _ in range(CASES // 2):
-            path.write_bytes(damaged(right, draw))
+            fresh(path, damaged(right, draw))
             error = said(lambda: credentials(base / "site"), ConfigError, Untrusted)
             assert right.splitlines()[1].decode() not in error
             assert error or credentials(base / "site").key == own.key
-        path.write_bytes(right)
+        fresh(path, right)
 
 
 def test_tokens_and_policies(made, tmp_path):
@@ -134,10 +142,10 @@ def test_tokens_and_policies(made, tmp_path):
     token = ca.token("x", ["h:1"])
     draw, right = random.Random(3), token.model_dump_json().encode()
     for _ in range(CASES):
-        (tmp_path / "token").write_bytes(damaged(right, draw))
-        (tmp_path / "policy.toml").write_bytes(damaged(POLICY, draw))
-        assert token.secret[:20] not in said(lambda: Token.load(tmp_path / "token"), ConfigError)
-        assert len(said(lambda: Policy.load(tmp_path / "policy.toml"), ConfigError)) < 1500
+        path = fresh(tmp_path / "token", damaged(right, draw))
+        assert token.secret[:20] not in said(lambda path=path: Token.load(path), ConfigError)
+        path = fresh(tmp_path / "policy.toml", damaged(POLICY, draw))
+        assert len(said(lambda path=path: Policy.load(path), ConfigError)) < 1500
 
 
 def test_ledgers_and_heads(made, tmp_path):
@@ -147,12 +155,11 @@ def test_ledgers_and_heads(made, tmp_path):
     assert len(verify(base / "ledger", public)) == 3
     for case in range(CASES):
         name = draw.choice(list(files))
-        for each, data in files.items():
-            (tmp_path / each).write_bytes(data)
         bad = damaged(files[name], draw)
-        (tmp_path / name).write_bytes(bad)
         if bad == files[name]:
             continue
+        for each, data in (files | {name: bad}).items():
+            fresh(tmp_path / each, data)
         with pytest.raises(Tampered):
             verify(tmp_path / "ledger", public)
         if case % 4:

@@ -279,7 +279,7 @@ def request_of(folder: Path, name: str, role: Role) -> bytes:
 
 def renewal(folder: Path) -> bytes:
     """Make a party's next TLS key; return the request (PEM). The old key stays in use until `install`."""
-    who = identity_of(read_bytes(folder / "tls.crt"))
+    who = credentials(folder).identity  # which also finishes an `install` that was interrupted
     key = ec.generate_private_key(ec.SECP256R1())
     write_over(folder / "tls.key.new", key.private_bytes(*_PRIVATE))
     return certs.request(key, load_signing_key(folder), who.role, who.name)
@@ -323,6 +323,8 @@ def credentials(folder: Path) -> Credentials:
             next_key.replace(folder / "tls.key")
     key = _load_tls_key(folder / "tls.key")
     if not _fits(key, certificate):
+        if read_bytes(folder / "tls.crt") != certificate:  # installed meanwhile by another process
+            return credentials(folder)
         raise Untrusted(f"{folder}: tls.key is not the key of tls.crt", "restore both, or enrol again")
     return Credentials(who, certificate, ca, key.private_bytes(*_PRIVATE), load_signing_key(folder))
 

@@ -5,10 +5,10 @@ SHA-256 of the line before it, and facts; the party's Ed25519 key signs it. Besi
 `<name>.head`: the number and SHA-256 of the last line, signed as well, so that lines cut off at the end are
 missed. An edit, a cut, a swap, an insertion and another signer are found by `verify`.
 
-What no file can show: whoever holds the key can write everything anew, and a copy of ledger and head from an
-earlier day is a right ledger of that day. So let somebody else keep heads and give them to `verify`, which
-then finds a ledger that is not a continuation of them. `coterie audit` takes them from the server's ledger:
-entries of kind "witness" with `key` (the party's public key in hexadecimal), `n` and `digest`.
+What no file can show: whoever holds the key can write everything anew, and whoever has an older copy of the
+head can put it back and cut off what came later. So let somebody else keep heads and give them to `verify`,
+which then finds a ledger that is not a continuation of them. `coterie audit` takes them from the server's
+ledger: entries of kind "witness" with `key` (the party's public key in hexadecimal), `n` and `digest`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,28 +100,33 @@ class Ledger:
 
         facts: JSON values. Raises ValueError for others, RunError when the disk is full; then none is added.
         """
+        return self.extend([(kind, facts)])[0]
+
+    def extend(self, entries: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Entry]:
+        """Add several entries, each a kind and its facts, for the price of one. Raises as `append`."""
         now = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
-        entry = {
-            "n": self.head.n + 1,
-            "time": now,
-            "kind": kind,
-            "previous": self.head.digest,
-            "facts": facts,
-        }
-        line = _line(entry, self._sign(_signed("ledger", _json(entry))))
-        if len(line) > LIMIT or _parsed(line) is None:
-            raise ValueError(f"an entry must be JSON that reads back as it was, of at most {LIMIT} bytes")
-        size, before = self._file.seek(0, os.SEEK_END), self.head
+        end, head, added, lines = self._file.seek(0, os.SEEK_END), self.head, list[Entry](), list[bytes]()
+        start = end
+        for kind, facts in entries:
+            entry = {"n": head.n + 1, "time": now, "kind": kind, "previous": head.digest, "facts": {**facts}}
+            line = _line(entry, self._sign(_signed("ledger", _json(entry))))
+            if len(line) > LIMIT or _parsed(line) is None:
+                raise ValueError(f"an entry must be JSON that reads back as it was, of at most {LIMIT} bytes")
+            head = Head(head.n + 1, hashlib.sha256(line).hexdigest(), start)
+            start += len(line)
+            lines.append(line)
+            added.append(_entry(entry, head.digest))
         try:
-            _write_all(self._file, line)
+            _write_all(self._file, b"".join(lines))
             os.fsync(self._file.fileno())
-            self.head = Head(before.n + 1, hashlib.sha256(line).hexdigest(), size)
-            self._keep_head()
-        except (OSError, RunError) as error:
-            self._file.truncate(size)
-            self.head = before
-            raise error if isinstance(error, RunError) else write_error(self.path, error, 0) from error
-        return _entry(entry, self.head.digest)
+            self._keep_head(head)
+        except BaseException as error:
+            self._file.truncate(end)
+            if isinstance(error, OSError):
+                raise write_error(self.path, error, 0) from error
+            raise
+        self.head = head
+        return added
 
     def close(self) -> None:
         """Let another process write it."""
@@ -133,29 +138,36 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _keep_head(self) -> None:
-        record = self.head._asdict()
+    def _keep_head(self, head: Head) -> None:
+        record = head._asdict()
         write_atomic(_head_path(self.path), _line(record, self._sign(_signed("head", _json(record)))))
 
     def _repaired(self, public: bytes) -> Head:
         """The head, once the end of the file is as a crash at any moment can have left it."""
-        known = _read_head(self.path, public)
-        start = self._file.seek(known.start)
-        lines = re.findall(rb"[^\n]*\n|[^\n]+", self._file.read(4 * LIMIT))
-        if known.n:
-            if not lines or hashlib.sha256(lines[0]).hexdigest() != known.digest:
-                raise Tampered(known.n, "is not the one that the head names", self.path)
-            start += len(lines.pop(0))
-        if lines and lines[0].endswith(b"\n"):  # written whole, and killed before the head was
-            entry = _checked(lines[0], known, public, self.path)
-            known = self.head = Head(entry.n, entry.digest, start)
-            self._keep_head()
-            start += len(lines.pop(0))
-        if len(lines) > 1 or (lines and lines[0].endswith(b"\n")):
-            raise Tampered(known.n + 1, "is one that the head does not know", self.path)
-        if lines:
-            self._file.truncate(start)
-            os.fsync(self._file.fileno())
+        head = _read_head(self.path, public)
+        if head is None:
+            if self._file.seek(0, os.SEEK_END):
+                raise Tampered(0, f"is missing: {_head_path(self.path).name}", self.path)
+            head = Head(0, START)
+            self._keep_head(head)
+        known = head
+        end = self._file.seek(head.start)
+        for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", self._file.read())):
+            if number == 0 and head.n:
+                if hashlib.sha256(line).hexdigest() != head.digest:
+                    raise Tampered(head.n, "is not the one that the head names", self.path)
+            elif line.endswith(b"\n"):  # written whole, and killed before the head was
+                entry = _checked(line, known, public, self.path)
+                known = Head(entry.n, entry.digest, end)
+            else:
+                self._file.truncate(end)
+                os.fsync(self._file.fileno())
+                break
+            end += len(line)
+        if end <= head.start and head.n:
+            raise Tampered(head.n, "is missing: the head names it", self.path)
+        if known != head:
+            self._keep_head(known)
         return known
 
 
@@ -167,7 +179,8 @@ def verify(path: Path, public: bytes, witnessed: Iterable[Head] = ()) -> list[En
     """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such ledger")
-    before = _read_head(path, public)
+    # The head first: a writer may be at work, and lines that the head does not know yet are signed too.
+    head = _read_head(path, public)
     last, entries, digests = Head(0, START), list[Entry](), [START]
     with path.open("rb") as file:
         while line := file.readline(LIMIT + 1):
@@ -175,15 +188,15 @@ def verify(path: Path, public: bytes, witnessed: Iterable[Head] = ()) -> list[En
             last = Head(entry.n, entry.digest)
             entries.append(entry)
             digests.append(entry.digest)
-    # A writer may be at work: the lines are at least those of the head before, at most one more than after.
-    after = _read_head(path, public)
-    if before.n > last.n:
-        raise Tampered(last.n + 1, f"is missing: the head names {before.n} lines", path)
-    if digests[before.n] != before.digest or after.n < last.n - 1:
+    if head is None and entries:
+        raise Tampered(0, f"is missing: {_head_path(path).name}", path)
+    if head is not None and head.n > last.n:
+        raise Tampered(last.n + 1, f"is missing: the head names {head.n} lines", path)
+    if head is not None and digests[head.n] != head.digest:
         raise Tampered(0, f"is not that of these lines; it lies in {_head_path(path).name}", path)
-    for head in witnessed:
-        if not 0 <= head.n <= last.n or digests[head.n] != head.digest:
-            raise Tampered(head.n, "is not the one that a witness has seen", path)
+    for seen in witnessed:
+        if not 0 <= seen.n <= last.n or digests[seen.n] != seen.digest:
+            raise Tampered(seen.n, "is not the one that a witness has seen", path)
     return entries
 
 
@@ -206,11 +219,11 @@ def _checked(line: bytes, before: Head, public: bytes, path: Path) -> Entry:
     return _entry(entry, hashlib.sha256(line).hexdigest())
 
 
-def _read_head(path: Path, public: bytes) -> Head:
-    """The head; that of an empty ledger when there is none."""
+def _read_head(path: Path, public: bytes) -> Head | None:
+    """The head; None when there is none."""
     place = _head_path(path)
     if not place.exists():
-        return Head(0, START)
+        return None
     with place.open("rb") as file:
         record = _parsed(file.read(LIMIT + 1))
     if record is None or record[0].keys() != set(Head._fields):
