@@ -14,7 +14,7 @@ from coterie.experiment import report, run
 from coterie.experiment.queue import EXIT_CODES, Queue, Quotas
 from coterie.storage import Blobs
 from coterie.storage.database import Database
-from sites import Sites
+from sites import Sites, hub
 
 TOY = {
     "name": "toy",
@@ -47,16 +47,17 @@ def database(tmp_path):
 @pytest.fixture
 def queue(database, tmp_path):
     """queue(...) makes one; all are closed at the end."""
-    made = []
+    made, updates = [], hub(tmp_path)
 
     def make(silent=False, carriers=None, **more):
         def connect(run, parts, replay):
             carrier = Sites(parts, tmp_path / "sites" / run.id, replay, silent=silent)
+            carrier.hub, carrier.forgets = updates, False  # other runs have the same updates
             if carriers is not None:
                 carriers[run.id] = carrier
             return carrier
 
-        made.append(Queue(database, tmp_path / "server", connect, **more))
+        made.append(Queue(database, tmp_path / "server", updates, connect, **more))
         return made[-1]
 
     yield make
@@ -242,9 +243,8 @@ def test_a_server_that_is_overtaken_leaves_its_runs_to_the_other(queue, database
         assert other.acquire("other", timeout=5)
         server.close()  # cannot even say so
         assert other.run(id).status == "running"
-        second = Queue(
-            other, tmp_path / "server", lambda run, parts, replay: Sites(parts, tmp_path / "s", replay)
-        )
+        s = tmp_path / "s"
+        second = Queue(other, tmp_path / "server", hub(s), lambda run, parts, replay: Sites(parts, s, replay))
         second.start()
         assert second.wait(id, 60).status == "finished"
         second.close()
