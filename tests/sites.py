@@ -44,7 +44,7 @@ class Sites:
         self.tasks, self.done, self.timers, self.again = {}, {}, set(), None
         self.chance = random.Random()  # another one in each life of the process
         self.told = []  # what was durable
-        self.forgets = True
+        self.forgets, self.heard = True, 0
 
     def send(self, actions):
         for action in actions:
@@ -91,7 +91,7 @@ class Sites:
         return Tick(id, now) if why is None else Lost(task, why)
 
     def _any(self):
-        late = self.timers if self.chance.random() < 0.05 else ()
+        late = self.timers if self.heard and self.chance.random() < 0.05 else ()  # there is a quorum
         return self.chance.choice([*self.tasks, *late] or [*self.timers])
 
     def _answer(self, task):
@@ -105,9 +105,10 @@ class Sites:
 
     def taken(self, event):
         self.told.append(event)
+        self.heard += isinstance(event, Reply)
         if self.forgets:
             self.hub.keep(())  # what is durable is durable elsewhere
 
     def accepted(self, version, accepted, flying):
         self.told.append((version, dict(accepted), list(flying)))
-        self.again = None
+        self.again, self.heard = None, 0

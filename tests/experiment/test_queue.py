@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from coterie.core import ConfigError, DataError
+from coterie.core import ConfigError, DataError, Lost
 from coterie.experiment import report, run
 from coterie.experiment.queue import EXIT_CODES, Queue, Quotas
 from coterie.storage import Blobs
@@ -182,6 +182,20 @@ def test_a_failed_run_says_why_and_does_not_hold_up_the_others(queue):
     assert result(failed)["error"] == failed.error
     server.resume(ids[0])
     assert server.wait(ids[0], 60).status == "failed"
+
+
+def test_below_the_quorum_a_run_fails_and_can_go_on_when_sites_are_back(queue, tmp_path, monkeypatch):
+    server = queue()
+    with monkeypatch.context() as away:
+        away.setattr(Sites, "_answer", lambda self, task: Lost(task, "site a: silent for 120 s"))
+        id = server.submit(toml())
+        ended = server.wait(id, 60)
+    assert ended.status == "failed"
+    assert "the quorum is 1" in ended.error
+    server.resume(id)
+    ended = server.wait(id, 60)
+    assert ended.status == "finished"
+    assert result(ended)["model_digest"] == run(TOY, out=tmp_path / "whole").model_digest
 
 
 def test_a_full_disk_fails_the_run_which_goes_on_when_there_is_room(queue, tmp_path):

@@ -220,7 +220,7 @@ def test_every_step_of_a_commit(child, tmp_path):
         queue.closing = True
         id = queue.submit(to_toml(config("scaffold", **short)))
         database.release()
-    for step in range(5, 2000, 7):
+    for step in range(5, 2000, 11):
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
         shutil.copytree(start, tmp_path / "x")
         if child("step", url, tmp_path / "x", step) == 0:

@@ -69,6 +69,7 @@ def test_a_blob_is_adopted_from_another_folder(other_disk, tmp_path, monkeypatch
     mine.lend(blob.digest, hub)
     mine.keep(())
     assert hub.read(blob.digest)["steps"] == TREE["steps"]
+    monkeypatch.undo()
     with pytest.raises(RunError, match="is missing"):
         mine.lend(blob.digest, Blobs(tmp_path / "third"))
 

@@ -129,11 +129,19 @@ class Queue:
                 )
 
     def resume(self, id: str) -> None:
-        """Queue a run that was stopped or has failed. Raises ConfigError when it is neither."""
+        """Queue a run that was stopped or has failed. Raises ConfigError when it is neither.
+
+        What was stopped goes on from its log. What has failed goes on from its last commit: its plan, told
+        the same again, would fail again.
+        """
         with self.changed:
             run = self.database.run(id)
             if id in self.places or run.status in ("queued", "finished"):
                 raise ConfigError(f"run {id}: is {run.status}", "only what was stopped or failed can go on")
+            if run.status == "failed":
+                self.database.back_to(
+                    id, max((version for version, _ in self.database.commits(id)), default=0)
+                )
             self.database.set_status(id, "queued")
             self.unwritten.pop(id, None)
             self._fill()
