@@ -2,6 +2,8 @@
 
 Read `run` first: what happens from a config to a report. `assemble` makes the parts, `parts` turns a section
 of a config into a function call, `baselines` trains centrally and alone, `report` and `plots` show it.
+
+Where a run keeps its state is its `place`: this process, or a server (`served`), whose runs are a `queue`.
 """
 
 from coterie.experiment.assemble import Parts, assemble, load_dataset, load_population
