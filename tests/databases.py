@@ -49,7 +49,7 @@ def cluster() -> Iterator[str]:
             )  # fmt: skip
 
         tell("initdb", "-A", "trust", "-U", "coterie", "-N", "-E", "UTF8")
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c max_connections=50"
+        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c max_connections=50 -c fsync=off"
         tell("pg_ctl", "-w", "-l", f"{folder}/log", "-o", options, "start")
         try:
             yield f"postgresql://coterie@127.0.0.1:{port}"

@@ -4,12 +4,14 @@ What they remember is on disk, each memory under its task, for the process that 
 """
 
 import asyncio
+import json
 import random
 import time
 from pathlib import Path
 
 from coterie.core import Cancel, Lost, Reply, Task, Tick, Timer
 from coterie.storage import Blobs, load_tree, save_tree
+from coterie.storage.database import Logged
 
 
 class OnDisk:
@@ -26,18 +28,23 @@ class OnDisk:
         save_tree(self.folder / f"{client}-{generation}", tree, {})
 
 
+def hub(folder: Path) -> Blobs:
+    """Where updates arrive."""
+    return Blobs(folder / "hub")
+
+
 class Sites:
     """A carrier. drop: also lose clients as the config's [system] says. order: of the events, None: any."""
 
     def __init__(self, parts, folder, replay=(), *, drop=True, silent=False, order=None):
         self.site, self.device = parts.site(OnDisk(folder / "memories")), parts.device()
-        self.hub = Blobs(folder / "hub")
+        self.hub = hub(folder)
         self.replay, self.drop, self.silent = iter(replay), drop, silent
         self.order = order if order is None else iter(order)
-        self.tasks, self.timers, self.again = {}, set(), None
+        self.tasks, self.done, self.timers, self.again = {}, {}, set(), None
         self.chance = random.Random()  # another one in each life of the process
         self.told = []  # what was durable
-        self.sent = 0
+        self.forgets, self.heard = True, 0
 
     def send(self, actions):
         for action in actions:
@@ -45,7 +52,6 @@ class Sites:
                 case Task():
                     assert action.id not in self.tasks
                     self.tasks[action.id] = action
-                    self.sent += 1
                 case Timer():
                     self.timers.add(action.id)
                 case Cancel():
@@ -53,46 +59,56 @@ class Sites:
                     self.timers.discard(action.id)
 
     async def event(self):
-        for now, event in self.replay:
-            self._gone(event)
-            return now, event
+        for now, head in self.replay:
+            return now, self._again(**json.loads(head))
         if self.silent:
             await asyncio.Event().wait()
         await asyncio.sleep(0)
         if self.again is not None and self.order is None:
-            event, self.again = self.again, None
+            (self.last, event), self.again = self.again, None
+            if isinstance(event, Reply):
+                self.hub.write(event.up)
             return time.time(), event
         id = next(self.order) if self.order is not None else self._any()
+        now, blob = time.time(), None
         if id in self.timers:
-            event = Tick(id, time.time())
+            kind, event, head = "tick", Tick(id, now), {"id": id, "now": now}
+        elif isinstance(event := self._answer(self.tasks[id]), Lost):
+            kind, head = "lost", {"id": id, "why": event.reason}
         else:
-            event = self._answer(self.tasks[id])
-            self.again = event if self.chance.random() < 0.1 else None
-        self._gone(event)
-        return time.time(), event
+            kind, blob = "reply", self.hub.write(event.up)
+            head = {"id": id, "rest": [event.weight, dict(event.metrics), event.samples], "up": blob.digest}
+        self.last = Logged(kind, now, json.dumps(head), blob)
+        self.again = (self.last, event) if kind != "tick" and self.chance.random() < 0.1 else None
+        self._gone(id)
+        return now, event
+
+    def _again(self, id, now=None, why=None, rest=None, up=None):
+        task = self.tasks.get(id) or self.done.get(id)
+        self._gone(id)
+        if rest:
+            return Reply(task, self.hub.read(up), *rest)
+        return Tick(id, now) if why is None else Lost(task, why)
 
     def _any(self):
-        late = self.timers if self.chance.random() < 0.05 else ()
+        late = self.timers if self.heard and self.chance.random() < 0.05 else ()  # there is a quorum
         return self.chance.choice([*self.tasks, *late] or [*self.timers])
 
     def _answer(self, task):
         lost = self.device(task, 0.0).lost if self.drop and task.kind == "train" else ""
         return Lost(task, lost) if lost else self.site(task)
 
-    def _gone(self, event):
-        id = event.id if isinstance(event, Tick) else event.task.id
-        self.tasks.pop(id, None)
+    def _gone(self, id):
+        if id in self.tasks:
+            self.done[id] = self.tasks.pop(id)
         self.timers.discard(id)
-
-    def file(self, reply: Reply):
-        return self.hub.path(self.hub.write(reply.up).digest) if self.chance.random() < 0.5 else None
 
     def taken(self, event):
         self.told.append(event)
-        self.hub.keep(())
+        self.heard += isinstance(event, Reply)
+        if self.forgets:
+            self.hub.keep(())  # what is durable is durable elsewhere
 
     def accepted(self, version, accepted, flying):
         self.told.append((version, dict(accepted), list(flying)))
-
-    def close(self):
-        self.told.append("closed")
+        self.again, self.heard = None, 0

@@ -21,7 +21,7 @@ from sqlalchemy import Engine, event
 from coterie.experiment import report, run
 from coterie.experiment.queue import EXIT_CODES, Queue
 from coterie.storage.database import Database
-from sites import Sites
+from sites import Sites, hub
 
 WARM = {
     "name": "warm",
@@ -37,11 +37,9 @@ def serve(url: str, folder: Path) -> int:
     """Run what is queued, as a server that starts does; the exit code of the last run."""
     database = Database(url)
     assert database.acquire("server", timeout=10)
+    sites = folder / "sites"
     queue = Queue(
-        database,
-        folder,
-        lambda run, parts, replay: Sites(parts, folder / "sites" / run.id, replay),
-        at_once=1,
+        database, folder, hub(sites), lambda run, parts, replay: Sites(parts, sites, replay), at_once=1
     )
     queue.start()
     code = 0

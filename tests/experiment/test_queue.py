@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from coterie.core import ConfigError, DataError
+from coterie.core import ConfigError, DataError, Lost
 from coterie.experiment import report, run
 from coterie.experiment.queue import EXIT_CODES, Queue, Quotas
 from coterie.storage import Blobs
 from coterie.storage.database import Database
-from sites import Sites
+from sites import Sites, hub
 
 TOY = {
     "name": "toy",
@@ -47,16 +47,17 @@ def database(tmp_path):
 @pytest.fixture
 def queue(database, tmp_path):
     """queue(...) makes one; all are closed at the end."""
-    made = []
+    made, updates = [], hub(tmp_path)
 
     def make(silent=False, carriers=None, **more):
         def connect(run, parts, replay):
             carrier = Sites(parts, tmp_path / "sites" / run.id, replay, silent=silent)
+            carrier.hub, carrier.forgets = updates, False  # other runs have the same updates
             if carriers is not None:
                 carriers[run.id] = carrier
             return carrier
 
-        made.append(Queue(database, tmp_path / "server", connect, **more))
+        made.append(Queue(database, tmp_path / "server", updates, connect, **more))
         return made[-1]
 
     yield make
@@ -183,6 +184,20 @@ def test_a_failed_run_says_why_and_does_not_hold_up_the_others(queue):
     assert server.wait(ids[0], 60).status == "failed"
 
 
+def test_below_the_quorum_a_run_fails_and_can_go_on_when_sites_are_back(queue, tmp_path, monkeypatch):
+    server = queue()
+    with monkeypatch.context() as away:
+        away.setattr(Sites, "_answer", lambda self, task: Lost(task, "site a: silent for 120 s"))
+        id = server.submit(toml())
+        ended = server.wait(id, 60)
+    assert ended.status == "failed"
+    assert "the quorum is 1" in ended.error
+    server.resume(id)
+    ended = server.wait(id, 60)
+    assert ended.status == "finished"
+    assert result(ended)["model_digest"] == run(TOY, out=tmp_path / "whole").model_digest
+
+
 def test_a_full_disk_fails_the_run_which_goes_on_when_there_is_room(queue, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -242,9 +257,8 @@ def test_a_server_that_is_overtaken_leaves_its_runs_to_the_other(queue, database
         assert other.acquire("other", timeout=5)
         server.close()  # cannot even say so
         assert other.run(id).status == "running"
-        second = Queue(
-            other, tmp_path / "server", lambda run, parts, replay: Sites(parts, tmp_path / "s", replay)
-        )
+        s = tmp_path / "s"
+        second = Queue(other, tmp_path / "server", hub(s), lambda run, parts, replay: Sites(parts, s, replay))
         second.start()
         assert second.wait(id, 60).status == "finished"
         second.close()

@@ -1,6 +1,5 @@
 """Law 3 over a network: whoever is killed whenever, a synchronous run ends with the bits of one process."""
 
-
 import pytest
 
 from coterie import experiment

@@ -61,13 +61,13 @@ def test_runs_are_kept(database, database_url):
 
 
 def test_a_log_is_read_in_order_and_pruned_by_a_commit(database):
+    logged = [Logged("reply", n / 3, f'{{"n": {n}}}', Blob(digest(n), 2**40 + n)) for n in range(12)]
+    logged.append(Logged("tick", 1e9 + 0.125, "[1]", None))
     for run in ("one", "two"):
         database.add_run(a_run(run))
         for n in range(12):
-            database.append_event(run, "reply", n / 3, f'{{"n": {n}}}', Blob(digest(n), 2**40 + n))
-        database.append_event(run, "tick", 1e9 + 0.125, "[1]")
-    logged = [Logged("reply", n / 3, f'{{"n": {n}}}', Blob(digest(n), 2**40 + n)) for n in range(12)]
-    logged.append(Logged("tick", 1e9 + 0.125, "[1]", None))
+            database.append_event(run, logged[n])
+        database.append_event(run, logged[12])
     assert database.events("one") == logged
     database.commit("one", 1, Blob(digest(99), 5), "{}", {})
     assert (database.events("one"), database.events("two")) == ([], logged)
@@ -121,7 +121,7 @@ def test_many_clients_at_once(database):
 
 
 def test_a_commit_that_fails_changes_nothing(database):
-    database.append_event("r", "tick", 0.0, "[]")
+    database.append_event("r", Logged("tick", 0.0, "[]"))
     with pytest.raises(Exception, match=r"(?i)null"):
         database.commit("r", 1, Blob(digest(1), 1), None, {"a": 1})
     assert (len(database.events("r")), database.commits("r"), database.generations("r", 1)) == (1, [], {})
@@ -141,7 +141,7 @@ def test_a_stale_holder_is_fenced(database_url):
         assert 0.2 < time.monotonic() - started < 5
         calls = [
             old.renew,
-            lambda: old.append_event("one", "tick", 0.0, "[]"),
+            lambda: old.append_event("one", Logged("tick", 0.0, "[]")),
             lambda: old.commit("one", 1, Blob(digest(1), 1), "{}", {}),
             lambda: old.set_status("one", "failed"),
             lambda: old.delete_run("one"),
@@ -211,7 +211,7 @@ def test_a_stopped_process_in_a_transaction_does_not_keep_the_lease_for_ever(dat
 def test_writes_of_many_threads_are_all_there(database):
     def work(run):
         for n in range(10):
-            database.append_event(run, "tick", 0.0, f"{n}")
+            database.append_event(run, Logged("tick", 0.0, f"{n}"))
 
     threads = [threading.Thread(target=work, args=(f"r{i}",)) for i in range(6)]
     for thread in threads:
@@ -289,7 +289,7 @@ def filled(tmp_path):
         database.acquire("here")
         database.add_run(a_run())
         for _ in range(200):
-            database.append_event("one", "tick", 0.0, "x" * 500)
+            database.append_event("one", Logged("tick", 0.0, "x" * 500))
     return path
 
 

@@ -13,20 +13,21 @@ import shutil
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from coterie.core import ConfigError, CoterieError, Event, Fenced, Interrupted, RunError
+from coterie.core import ConfigError, CoterieError, Fenced, Interrupted, RunError
 from coterie.experiment.assemble import Parts, assemble, resolved
 from coterie.experiment.config import Config, load
 from coterie.experiment.records import Progress
 from coterie.experiment.run import Session, logged
 from coterie.experiment.served import Carrier, Served
 from coterie.storage import Blobs, RunFolder
+from coterie.storage.archive import Archive
 from coterie.storage.database import Database, Run
 from coterie.storage.files import make_folder
 
@@ -34,7 +35,7 @@ GOES_ON = ("queued", "running", "interrupted")
 EXIT_CODES: Mapping[str, int] = {"finished": 0, "failed": 1, "stopped": 130, "interrupted": 130}
 N = TypeVar("N", int, float)
 log = logging.getLogger("coterie")
-Connect = Callable[[Run, Parts, Sequence[tuple[float, Event]]], Carrier]
+Connect = Callable[[Run, Parts, Iterator[tuple[float, str]]], Carrier]
 
 
 class Quotas(NamedTuple):
@@ -51,15 +52,16 @@ UNLIMITED = Quotas()
 class Queue:
     """The runs of the server that holds the database's lease, from its start to `close`.
 
-    folder: where run folders and blobs lie. connect: makes a run's carrier (`served.Carrier`). home: fsspec
-    URL under which blobs are kept too, for a standby on another machine. watch: told of every run's progress;
-    ended: of its status and error when it ends here.
+    folder: where run folders and blobs lie. updates: where replies' tensors arrive. connect: makes a run's
+    carrier (`served.Carrier`). home: fsspec URL under which blobs are kept too, for a standby on another
+    machine. watch: told of every run's progress. ended: told a run's id and status when its thread ends.
     """
 
     def __init__(
         self,
         database: Database,
         folder: Path,
+        updates: Blobs,
         connect: Connect,
         *,
         at_once: int = 2,
@@ -67,10 +69,11 @@ class Queue:
         home: str | None = None,
         data_dir: Path | None = None,
         watch: Callable[[str, Progress], None] = lambda run, progress: None,
-        ended: Callable[[str, str, str], None] = lambda run, status, error: None,
+        ended: Callable[[str, str], None] = lambda run, status: None,
     ) -> None:
-        self.database, self.folder, self.connect, self.at_once = database, folder, connect, at_once
-        self.quotas, self.home, self.data_dir, self.watch, self.ended = quotas, home, data_dir, watch, ended
+        self.database, self.folder, self.updates, self.connect = database, folder, updates, connect
+        self.at_once, self.quotas, self.home, self.data_dir = at_once, quotas, home, data_dir
+        self.watch, self.ended = watch, ended
         self.changed = threading.Condition()  # guards what follows; told when a run has ended
         self.places: dict[str, Served | None] = {}  # of the runs at work; None: still being assembled
         self.asked: dict[str, CoterieError] = {}  # how a run that has no place yet is to end
@@ -115,19 +118,8 @@ class Queue:
         id = f"{parts.config.name}-{secrets.token_hex(4)}"
         digest = hashlib.sha256(config.encode()).hexdigest()
         folder, name = str(self.folder / "runs" / id), parts.config.name
-        run = Run(
-            id,
-            name,
-            config,
-            digest,
-            signer,
-            "queued",
-            "",
-            time.time(),
-            folder,
-            quotas._asdict(),
-            tuple(sites),
-        )
+        asked, now = quotas._asdict(), time.time()
+        run = Run(id, name, config, digest, signer, "queued", "", now, folder, asked, tuple(sites))
         with self.changed:
             self.database.add_run(run)
             self._fill()
@@ -147,11 +139,19 @@ class Queue:
                 )
 
     def resume(self, id: str) -> None:
-        """Queue a run that was stopped or has failed. Raises ConfigError when it is neither."""
+        """Queue a run that was stopped or has failed. Raises ConfigError when it is neither.
+
+        What was stopped goes on from its log. What has failed goes on from its last commit: its plan, told
+        the same again, would fail again.
+        """
         with self.changed:
             run = self.database.run(id)
             if id in self.places or run.status in ("queued", "finished"):
                 raise ConfigError(f"run {id}: is {run.status}", "only what was stopped or failed can go on")
+            if run.status == "failed":
+                self.database.back_to(
+                    id, max((version for version, _ in self.database.commits(id)), default=0)
+                )
             self.database.set_status(id, "queued")
             self.unwritten.pop(id, None)
             self._fill()
@@ -163,7 +163,7 @@ class Queue:
             self._end(id, Stopped(f"run {id} was deleted"))
             self.changed.wait_for(lambda: id not in self.places)
             self.database.set_status(id, "stopped")
-            self._blobs(id).remove()
+            self._archive(id).remove()
             shutil.rmtree(run.folder, ignore_errors=True)
             self.database.delete_run(id)
 
@@ -206,11 +206,12 @@ class Queue:
 
     def _work(self, run: Run) -> None:
         """A run's thread."""
-        status, error = "", ""  # "" is what stands there already
+        status, error = "finished", ""
         try:
             self.database.set_status(run.id, "running")
             self._run(run)
         except Fenced as fenced:
+            status = ""  # the successor's to say
             log.warning("run %s: %s", run.id, fenced.args[0])
         except Stopped as stopped:
             status, error = "stopped", str(stopped.args[0])
@@ -222,7 +223,7 @@ class Queue:
             log.exception("run %s", run.id)
             status, error = "failed", f"{type(bug).__name__}: {bug}"
         with self.changed:
-            if status:
+            if status not in ("", "finished"):  # which stands there already
                 try:
                     self.database.set_status(run.id, status, error)
                 except CoterieError as lost:  # for the database it is "running"
@@ -233,7 +234,8 @@ class Queue:
             with suppress(CoterieError):
                 self._fill()
             self.changed.notify_all()
-        self.ended(run.id, status, error)
+        if status:
+            self.ended(run.id, status)
 
     def _run(self, run: Run) -> None:
         parts, folder = self._assembled(run.config), RunFolder(Path(run.folder))
@@ -244,10 +246,11 @@ class Queue:
             folder,
             self.database,
             run.id,
-            self._blobs(run.id),
+            self._archive(run.id),
+            self.updates,
             lambda replay: self.connect(run, parts, replay),
         )
-        with folder.lock(wait=True), logged(folder.log, threading.get_ident()), closing(place):
+        with folder.lock(wait=True), logged(folder.log, threading.get_ident()):
             with self.changed:
                 self.places[run.id] = place
                 if run.id in self.asked:
@@ -277,8 +280,8 @@ class Queue:
     def _assembled(self, text: str) -> Parts:
         return assemble(_config(text), data_dir=self.data_dir)
 
-    def _blobs(self, id: str) -> Blobs:
-        return Blobs(self.folder / "blobs" / id, None if self.home is None else f"{self.home}/{id}")
+    def _archive(self, id: str) -> Archive:
+        return Archive(self.folder / "blobs" / id, None if self.home is None else f"{self.home}/{id}")
 
 
 class Stopped(Interrupted):

@@ -172,7 +172,8 @@ class Session:
         self.version, self.state, self.resume, self.done = commit.version, commit.state, commit.resume, 0
         last = commit.version >= self.rounds
         row = {"round": commit.version, "version": commit.version, "time": self.now}
-        if last or commit.version % self.parts.config.run["evaluate_every"] == 0:
+        due = last or commit.version % self.parts.config.run["evaluate_every"] == 0
+        if due and len(self.parts.test[1]):  # a server may have no rows at all
             measured = self.parts.problem.measure(commit.state["model"], *self.parts.test)
             row |= {name: value for name, value in measured.items() if name != "count"}
         row |= {"seconds": self.seconds()["total"], **commit.metrics}
@@ -233,7 +234,7 @@ class Session:
         """Clients measure the final model on their own test rows, as a task like any other."""
         wanted, people = self.parts.config.run["evaluate_clients"], self.parts.population
         chosen = people.clients if wanted is True else spread(people.clients, int(wanted))
-        holders = [client for client in chosen if people.sizes(client)[1]]
+        holders = [client for client in chosen if people.dataset.remote or people.sizes(client)[1]]
         down, ids = {"model": self.state["model"]}, itertools.count(self.resume["next"])
         tasks = [Task(next(ids), c, self.version, self.version, down, "evaluate") for c in holders]
         replies = self.place.ask(tasks, lambda now, event: self._check_stop())

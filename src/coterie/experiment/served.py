@@ -9,14 +9,11 @@ Clients' memories stay at the sites; the server knows of which task each is.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Protocol, TypeVar
 
 from coterie.core import (
     Action,
@@ -24,22 +21,20 @@ from coterie.core import (
     Commit,
     CoterieError,
     Event,
-    Lost,
     Plan,
     Reply,
     RunError,
     Task,
-    Tick,
     Tree,
     ask,
     drive,
     fold_task,
     unfolded,
 )
-from coterie.core.codec import decode, encode
 from coterie.experiment.assemble import Parts
 from coterie.experiment.place import Kept, OnCommit, OnEvent, Row
 from coterie.storage import Blobs, RunFolder
+from coterie.storage.archive import Archive
 from coterie.storage.database import Database, Logged
 from coterie.storage.runs import row_text
 
@@ -50,9 +45,11 @@ log = logging.getLogger("coterie")
 class Carrier(Protocol):
     """A backend whose peers survive its own death: it is told what is durable, so that they can forget.
 
-    Made with the events that the plan was told before; `event` gives these first, in their order, and what
-    the plan sends meanwhile is sent only if they do not answer it.
+    Made with the log of what the plan was told, (now, head) each: `event` gives these first, in their order,
+    and what the plan sends meanwhile is sent only if they do not answer it.
     """
+
+    last: Any  # how the last event is logged: (kind, now, head, the blob of its tensors or None)
 
     def send(self, actions: Sequence[Action]) -> None:
         """Take actions. Never blocks."""
@@ -60,23 +57,18 @@ class Carrier(Protocol):
     async def event(self) -> tuple[float, Event]:
         """Wait for the next event."""
 
-    def file(self, reply: Reply) -> Path | None:
-        """The blob that holds the reply's update (a file named by its SHA-256), if it came as one."""
-
     def taken(self, event: Event) -> None:
         """The event is durable: its sender, and the carrier's own files, need not keep it."""
 
     def accepted(self, version: int, accepted: Mapping[ClientId, int], flying: Sequence[int]) -> None:
         """A commit is durable: these are the clients' memories now, and only these tasks go on."""
 
-    def close(self) -> None:
-        """Let go of what it holds."""
-
 
 class Served:
     """The place of one run of the database's; for one thread, but for `end`.
 
-    carrier: makes the backend, given what the log replays. blobs: the run's own folder of blobs.
+    archive: what its rows name. updates: the folder in which the carrier finds replies' tensors. carrier:
+    makes it, from the log.
     """
 
     def __init__(
@@ -85,12 +77,13 @@ class Served:
         folder: RunFolder,
         database: Database,
         run: str,
-        blobs: Blobs,
-        carrier: Callable[[Sequence[tuple[float, Event]]], Carrier],
+        archive: Archive,
+        updates: Blobs,
+        carrier: Callable[[Iterator[tuple[float, str]]], Carrier],
     ) -> None:
-        self.parts, self.folder, self.database, self.run, self.blobs = parts, folder, database, run, blobs
-        self.make = carrier
-        self.carrier: Carrier = _NOWHERE
+        self.parts, self.folder, self.database, self.run = parts, folder, database, run
+        self.archive, self.updates, self.make = archive, updates, carrier
+        self.carrier: Carrier
         self.replayed = 0  # events still to come that are in the log already
         self.asked, self.busy = 0, 0.0
         self.ending: CoterieError | None = None
@@ -103,9 +96,8 @@ class Served:
         logged = self.database.events(self.run)
         self.replayed = len(logged)
         self.folder.write_rows(self.database.rows(self.run))
-        self.blobs.sweep()
         self.tidy()
-        self.carrier = self.make(Log(logged, self.blobs))
+        self.carrier = self.make(self._replay(logged))
         if kept is not None:
             self.carrier.accepted(kept.version, kept.resume["memory"], _flying(kept.resume))
         return kept
@@ -130,7 +122,7 @@ class Served:
         """Write the state, then all that refers to it in one transaction, then the folder."""
         assert not self.replayed, "a plan that commits before it was told all that its log holds"
         kept = {"state": commit.state, "resume": commit.resume, "seconds": dict(seconds())}
-        blob, keep = self.blobs.write(kept), self.parts.config.run["keep_checkpoints"]
+        blob, keep = self.archive.write(kept), self.parts.config.run["keep_checkpoints"]
         self.database.commit(self.run, commit.version, blob, row_text(row), commit.accepted, keep)
         append(row)
         self.carrier.accepted(commit.version, commit.accepted, _flying(commit.resume))
@@ -138,9 +130,7 @@ class Served:
         self.asked = 0
 
     def close(self) -> None:
-        """Let go of the carrier."""
-        carrier, self.carrier = self.carrier, _NOWHERE
-        carrier.close()
+        """Nothing to let go of: whoever opened the database and the network closes them."""
 
     def end(self, error: CoterieError) -> None:
         """Make the run end with this error, wherever it waits. From any thread; the first one counts."""
@@ -172,12 +162,10 @@ class Served:
             if self.replayed:
                 self.replayed -= 1
             else:
-                kind, head = written(event)
-                file = self.carrier.file(event) if isinstance(event, Reply) else None
-                blob = self.blobs.adopt(file) if file is not None else None
-                if blob is None and isinstance(event, Reply):
-                    blob = self.blobs.write(event.up)
-                self.database.append_event(self.run, kind, now, head, blob)
+                logged = Logged(*self.carrier.last)
+                if logged.blob is not None:
+                    self.archive.adopt(self.updates.path(logged.blob.digest))
+                self.database.append_event(self.run, logged)
             self.carrier.taken(event)
             on_event(now, event)
 
@@ -202,7 +190,7 @@ class Served:
         found = self.database.commits(self.run)
         for version, blob in found:
             try:
-                kept = self.blobs.read(blob.digest)
+                kept = self.archive.read(blob.digest)
             except RunError as error:
                 log.warning("version %d is lost: %s", version, error.args[0])
                 continue
@@ -213,74 +201,22 @@ class Served:
         if found:
             raise RunError(
                 f"run {self.run}: the states of versions {[version for version, _ in found]} are all lost",
-                f"restore {self.blobs.folder}, or submit the run again",
+                f"restore {self.archive.blobs.folder}, or submit the run again",
             )
         return None
+
+    def _replay(self, logged: Sequence[Logged]) -> Iterator[tuple[float, str]]:
+        for each in logged:
+            if each.blob is not None:
+                self.archive.lend(each.blob.digest, self.updates)
+            yield each.now, each.head
 
     def tidy(self) -> None:
         """Drop the blobs that no row names any more."""
         named = {blob.digest for _, blob in self.database.commits(self.run)}
-        self.blobs.keep(named.union(each.blob.digest for each in self.database.events(self.run) if each.blob))
-
-
-class Log(Sequence[tuple[float, Event]]):
-    """A run's log as the events that they were; a reply's tensors are read when it is asked for.
-
-    The tasks of these events are without their `down`.
-    """
-
-    def __init__(self, logged: Sequence[Logged], blobs: Blobs) -> None:
-        self.logged, self.blobs = logged, blobs
-
-    def __len__(self) -> int:
-        return len(self.logged)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[float, Event]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[tuple[float, Event]]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        """The event at a place, or a part of the log."""
-        if isinstance(index, slice):
-            return Log(self.logged[index], self.blobs)
-        each = self.logged[index]
-        return each.now, read(each.kind, each.head, self.blobs.read(each.blob.digest) if each.blob else None)
-
-
-def written(event: Event) -> tuple[str, str]:
-    """An event for the log: its kind, and JSON without its tensors."""
-    tree: Tree
-    if isinstance(event, Reply):
-        kind, tree = "reply", replace(event, task=replace(event.task, down=None), up=None)
-    elif isinstance(event, Lost):
-        kind, tree = "lost", (replace(event.task, down=None), event.reason)
-    else:
-        assert isinstance(event, Tick)
-        kind, tree = "tick", (event.id, event.now)
-    return kind, json.dumps(encode(tree)[0], separators=(",", ":"), allow_nan=False)
-
-
-def read(kind: str, head: str, up: Tree) -> Event:
-    """Undo `written`. Raises RunError when it is none of ours."""
-    try:
-        tree = decode(json.loads(head), {})
-        if kind == "reply":
-            reply: Reply = replace(tree, up=up)
-            return reply
-        return Lost(*tree) if kind == "lost" else Tick(*tree)
-    except (ValueError, TypeError) as error:
-        raise RunError(f"the log is damaged: {head[:80]}: {error}", "restore the database") from error
+        logged = self.database.events(self.run)
+        self.archive.keep(named.union(each.blob.digest for each in logged if each.blob))
 
 
 def _flying(resume: Tree) -> list[int]:
     return [task.id for task in resume.get("flying", ())]
-
-
-class _Nowhere:
-    """Before a place is open."""
-
-    def close(self) -> None:
-        """Hold nothing."""
-
-
-_NOWHERE: Any = _Nowhere()

@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ import grpc
 from coterie import security
 from coterie.backends import telemetry
 from coterie.backends.network import Hub, NetworkBackend, RunOpened, Server, operators
-from coterie.core import ClientId, Event, Tree, trees
+from coterie.core import ClientId, Tree, trees
 from coterie.core.errors import ConfigError, CoterieError
 from coterie.experiment.assemble import Parts
 from coterie.experiment.queue import Queue, Quotas
@@ -152,6 +152,7 @@ class Office:
         self.queue = Queue(
             database,
             options.home,
+            self.hub.blobs,
             self._connect,
             at_once=options.at_once,
             quotas=options.quotas,
@@ -280,7 +281,7 @@ class Office:
 
     # the parts' questions
 
-    def _connect(self, run: Run, parts: Parts, replay: Sequence[tuple[float, Event]]) -> NetworkBackend:
+    def _connect(self, run: Run, parts: Parts, replay: Iterator[tuple[float, str]]) -> NetworkBackend:
         """Open a run in the hub; called in the run's own thread."""
         place_of = placed(parts, run.sites)
         hosts: dict[str, list[ClientId]] = {site: [] for site in run.sites}
@@ -321,8 +322,12 @@ class Office:
         for watcher in self.watchers.get(run, ()):
             watcher.put_nowait(moment)
 
-    def _over(self, run: str, status: str, error: str) -> None:
+    def _over(self, run: str, status: str) -> None:
         """From a run's thread."""
+        try:
+            error = self.database.run(run).error
+        except CoterieError as lost:
+            error = str(lost)
 
         def tell() -> None:
             if run in self.hub.runs:

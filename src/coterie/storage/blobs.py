@@ -2,9 +2,6 @@
 
 A blob is whole or not there. What is being received lies beside the whole ones as a part that survives a
 crash, so that a transfer goes on where it broke. The same bytes are kept once, whoever sends them.
-
-A folder may have a home elsewhere (any fsspec URL): what is written goes there too before it counts as kept,
-and what is missing here is fetched from there, so that another machine can go on with it.
 """
 
 from __future__ import annotations
@@ -12,23 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from coterie.core.errors import ConfigError, RunError
+from coterie.core.errors import RunError
 from coterie.core.types import Tree
-from coterie.storage.files import (
-    dump_tree,
-    make_folder,
-    open_tree,
-    remove_temporary,
-    sync_folder,
-    write_atomic,
-    write_error,
-)
+from coterie.storage.files import dump_tree, make_folder, open_tree, sync_folder, write_error
 
 CHUNK = 1 << 20  # bytes read at a time
 
@@ -45,20 +32,11 @@ class Corrupt(RunError):
 
 
 class Blobs:
-    """The blobs of one process; parts are received by one writer at a time, each.
+    """The blobs of one process; parts are received by one writer at a time, each."""
 
-    home: an fsspec URL ("s3://bucket/runs/one") where whole blobs are kept as well. Raises RunError when it
-    cannot be reached, ConfigError when what it takes is not installed.
-    """
-
-    def __init__(self, folder: Path, home: str | None = None) -> None:
-        self.folder, self.home = folder, home
-        self._there: Any = None
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         make_folder(folder)
-        if home is not None:
-            self._there = _file_system(home)
-            with self._reaching():
-                self._there.makedirs("", exist_ok=True)
 
     def __contains__(self, digest: str) -> bool:
         """Is the whole blob here?"""
@@ -98,38 +76,10 @@ class Blobs:
             raise write_error(arriving, error, size) from error
         finally:
             arriving.unlink(missing_ok=True)
-        self._send(known.hexdigest(), size)
         return Blob(known.hexdigest(), size)
 
-    def adopt(self, path: Path) -> Blob:
-        """Keep, durably, the whole blob that lies in another folder of blobs; it may go from there."""
-        digest, size = path.name, path.stat().st_size
-        if digest not in self:
-            try:
-                os.link(path, self.path(digest))
-                sync_folder(self.folder)
-            except FileExistsError:
-                pass
-            except OSError:  # another file system
-
-                def copy(file: BinaryIO) -> None:
-                    with path.open("rb") as source:
-                        shutil.copyfileobj(source, file, CHUNK)
-
-                write_atomic(self.path(digest), copy)
-        self._send(digest, size)
-        return Blob(digest, size)
-
     def read(self, digest: str) -> Tree:
-        """The tree of a blob, fetched from home when it is not here.
-
-        Raises RunError when it is missing or holds no tree, Corrupt when home has other bytes.
-        """
-        if digest not in self and self.home is not None:
-            part = self._part(digest)
-            with self._reaching():
-                self._there.get_file(digest, str(part))
-            self.finish(digest, part.stat().st_size)
+        """The tree of a blob. Raises RunError when it is missing or holds no tree."""
         return open_tree(self.path(digest))
 
     def held(self, digest: str) -> int:
@@ -188,61 +138,12 @@ class Blobs:
         sync_folder(whole.parent)
 
     def keep(self, wanted: Collection[str]) -> None:
-        """Drop every whole blob that is not among these, at home too."""
+        """Drop every whole blob that is not among these."""
         for digest in set(self) - set(wanted):
             self.path(digest).unlink(missing_ok=True)
-        if self.home is not None:
-            with self._reaching():
-                for path in self._there.ls("", detail=False):
-                    name = path.rpartition("/")[2]
-                    if _DIGEST.fullmatch(name) and name not in wanted:
-                        self._there.rm_file(name)
-
-    def sweep(self) -> None:
-        """Remove what killed writers left; only while nobody writes. Parts stay, to be received on."""
-        remove_temporary(self.folder)
-        for leftover in self.folder.glob("new-*"):
-            leftover.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Drop everything, here and at home."""
-        if self.home is not None:
-            with self._reaching():
-                self._there.rm("", recursive=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _send(self, digest: str, size: int) -> None:
-        if self.home is None:
-            return
-        with self._reaching():
-            if not (self._there.exists(digest) and self._there.size(digest) == size):
-                self._there.put_file(str(self.path(digest)), digest)
-
-    @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        """Say that it is the far side that fails; what its library raises is of any type."""
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise RunError(f"{self.home}: {error} is missing") from error
-        except Exception as error:
-            raise RunError(
-                f"{self.home}: {type(error).__name__}: {error}", "is it there, and may this user write?"
-            ) from error
 
     def _part(self, digest: str) -> Path:
         return self.path(digest).with_suffix(".part")
-
-
-def _file_system(home: str) -> Any:
-    try:
-        from fsspec.core import url_to_fs  # noqa: PLC0415
-        from fsspec.implementations.dirfs import DirFileSystem  # noqa: PLC0415
-
-        there, root = url_to_fs(home)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{home}: {error}", "any URL of fsspec's; pip install what it names") from error
-    return DirFileSystem(root, there)
 
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -55,12 +55,12 @@ class Run(NamedTuple):
 
 
 class Logged(NamedTuple):
-    """An event in a run's log: `head` is JSON, `blob` names its tensors."""
+    """An event in a run's log: `head` is for who replays it, `blob` names its tensors."""
 
     kind: str
     now: float
     head: str
-    blob: Blob | None
+    blob: Blob | None = None
 
 
 class Database:
@@ -190,8 +190,9 @@ class Database:
 
     # what a run must not lose
 
-    def append_event(self, run: str, kind: str, now: float, head: str, blob: Blob | None = None) -> None:
+    def append_event(self, run: str, logged: Logged) -> None:
         """Log what the run's plan is about to be told."""
+        kind, now, head, blob = logged
         digest, size = blob or (None, None)
         last = select(func.coalesce(func.max(events.c.seq), 0)).where(events.c.run == run).scalar_subquery()
         row = {"run": run, "kind": kind, "now": now, "head": head, "digest": digest, "size": size}

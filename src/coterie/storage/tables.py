@@ -28,7 +28,7 @@ events = Table(  # the write-ahead log: what a run's plan was told since its las
     Column("seq", BigInteger, primary_key=True),
     Column("kind", Text, nullable=False),  # "reply", "lost", "tick"
     Column("now", Float, nullable=False),
-    Column("head", Text, nullable=False),  # JSON: the event without its tensors
+    Column("head", Text, nullable=False),  # the event without its tensors, as the network reads it
     Column("digest", Text),  # of the blob that holds them
     Column("size", BigInteger),
 )

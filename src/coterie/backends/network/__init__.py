@@ -13,13 +13,13 @@ try:
 except ImportError as _error:
     raise ConfigError(f"the network needs {_error.name}", "pip install 'coterie[deploy]'") from None
 
-from coterie.backends.network.backend import NetworkBackend
+from coterie.backends.network.backend import NetworkBackend, Record
 from coterie.backends.network.hub import Hub, Identity
 from coterie.backends.network.link import Handler, Link, Refused
 from coterie.backends.network.messages import BadMessage, Message, RunOpened, parse
 from coterie.backends.network.server import Server
 
 __all__ = [
-    "BadMessage", "Handler", "Hub", "Identity", "Link", "Message", "NetworkBackend", "Refused",
+    "BadMessage", "Handler", "Hub", "Identity", "Link", "Message", "NetworkBackend", "Record", "Refused",
     "RunOpened", "Server", "parse",
 ]  # fmt: skip

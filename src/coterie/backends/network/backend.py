@@ -1,6 +1,7 @@
 """A run's backend over a hub: tasks go out to sites, and their replies are read when the plan takes them.
 
-It lives in the thread and event loop of its plan and talks to the hub's.
+It lives in the thread and event loop of its plan and talks to the hub's. What the plan was told is a
+`Record`, durable words of which any run can be continued: `replay` takes them back in.
 """
 
 from __future__ import annotations
@@ -9,25 +10,32 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from coterie.backends.network.hub import Hub
-from coterie.backends.network.messages import ROWS, Answered, Assign, Failed, Rang, line
+from coterie.backends.network.messages import ROWS, Answered, Assign, Failed, Rang, line, parse
 from coterie.core import trees
 from coterie.core.errors import RunError
 from coterie.core.types import Action, Cancel, ClientId, Event, Lost, Reply, Task, Tick, Timer, Tree
 from coterie.storage import Blob
 
 
+class Record(NamedTuple):
+    """An event as it is logged. head: the message it came as. blob: what holds the reply's update."""
+
+    kind: str  # "reply", "lost" or "tick"
+    now: float
+    head: str
+    blob: Blob | None
+
+
 class NetworkBackend:
     """A `core.types.Backend` for a run that is open in the hub.
 
-    place_of: client -> its site. replay: what the plan was told since the commit that it goes on from, in
-    order. expected: task -> a tree with the names, shapes and dtypes that its reply must have (on
+    place_of: client -> its site. replay: (now, head) of the records since the commit that the plan goes on
+    from, in order. expected: task -> a tree with the names, shapes and dtypes that its reply must have (on
     the meta device, say), None for any. clock: when the plan was or had been at its start, in seconds.
     """
 
@@ -37,19 +45,20 @@ class NetworkBackend:
         run: str,
         place_of: Callable[[ClientId], str],
         *,
-        replay: Iterable[tuple[float, Event]] = (),
+        replay: Iterable[tuple[float, str]] = (),
         expected: Callable[[Task], Tree | None] = lambda task: None,
         clock: float | None = None,
     ) -> None:
         self.hub, self.run, self.place_of, self.expected = hub, run, place_of, expected
         self.now = time.time() if clock is None else clock
+        self.last: Record  # what the last event is logged as
         self._replay = iter(replay)
         self._next = next(self._replay, None)
         self._waiting: dict[int, Task] = {}
         self._unsent: list[Task] = []
         self._timers: dict[int, float | asyncio.TimerHandle] = {}  # a time while nothing is sent
         self._down: tuple[Tree, Blob] | None = None  # the newest
-        self._ups: dict[int, str] = {}  # task -> the blob of its update, until it is taken
+        self._ups: list[str] = []  # read since the last commit
         self._arrived: asyncio.Queue[Answered | Failed | Rang] = asyncio.Queue()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -75,39 +84,32 @@ class NetworkBackend:
 
     async def event(self) -> tuple[float, Event]:
         """Wait for the next event, stamped with the real clock; those of `replay` come first."""
-        while self._next is not None:
-            self.now, event = self._next
-            self._next = next(self._replay, None)
-            if (again := self._again(event)) is not None:
-                return self.now, again
         while True:
-            self._flush()
-            message = await self._arrived.get()
-            self.now = max(self.now, time.time())  # a clock that is set back stands still
-            if (heard := self._event(message)) is not None:
-                return self.now, heard
-
-    def file(self, reply: Reply) -> Path | None:
-        """The blob that the reply's update came as, until it is taken."""
-        digest = self._ups.get(reply.task.id)
-        return None if digest is None else self.hub.blobs.path(digest)
+            replayed = self._next
+            if replayed is not None:
+                self.now, message = replayed[0], parse(replayed[1].encode())
+                if isinstance(message, Answered):
+                    self.hub.shelf.hold(self.run, message.up.digest)
+                self._next = next(self._replay, None)
+            else:
+                self._flush()
+                message = await self._arrived.get()
+                self.now = max(self.now, time.time())  # a clock that is set back stands still
+            event = self._event(message, sure=replayed is not None)
+            if event is not None:
+                return self.now, event
 
     def taken(self, event: Event) -> None:
-        """The event is durable elsewhere: its site may forget the reply, and so does the hub."""
+        """The event is durable: its site may forget the reply."""
         if isinstance(event, Reply):
             self._tell(self.hub.taken, self.run, event.task.id)
-            if digest := self._ups.pop(event.task.id, None):
-                self.hub.shelf.release(self.run, digest)
 
     def accepted(self, version: int, accepted: Mapping[ClientId, int], flying: Sequence[int]) -> None:
-        """The commit is durable: the sites are told."""
+        """The commit is durable: the sites are told, and the replies in it are let go of."""
         self._tell(self.hub.accepted, self.run, version, dict(accepted), list(flying))
-
-    def close(self) -> None:
-        """Set no more timers off; who opened the run in the hub closes it."""
-        for timer in self._timers.values():
-            if isinstance(timer, asyncio.TimerHandle):
-                timer.cancel()
+        for digest in self._ups:
+            self.hub.shelf.release(self.run, digest)
+        self._ups.clear()
 
     def _flush(self) -> None:
         """Set the timers and send the tasks that are new; those of one site and one model in one message."""
@@ -151,35 +153,38 @@ class NetworkBackend:
     def _tell(self, what: Callable[..., Any], *args: Any) -> None:
         self.hub.loop.call_soon_threadsafe(what, *args)
 
-    def _again(self, event: Event) -> Event | None:
-        """A logged event, with the task as the plan has sent it now; None when it was cancelled since."""
-        if isinstance(event, Tick):
-            return event if self._timers.pop(event.id, None) is not None else None
-        assert isinstance(event, Reply | Lost)
-        task = self._waiting.pop(event.task.id, None)
-        if task is None:
-            return None
-        return replace(event, task=task) if isinstance(event, Reply) else event._replace(task=task)
-
-    def _event(self, message: Answered | Failed | Rang) -> Event | None:
-        """What a message tells the plan; None when it waits for it no more."""
+    def _event(self, message: Any, *, sure: bool) -> Event | None:
+        """What a message tells the plan; None when it waits for it no more. sure: it was checked before."""
         if isinstance(message, Rang):
-            return Tick(message.id, self.now) if self._timers.pop(message.id, None) is not None else None
+            timer = self._timers.pop(message.id, None)
+            if timer is None:
+                return None
+            if isinstance(timer, asyncio.TimerHandle):
+                timer.cancel()
+            self.last = Record("tick", self.now, _text(message), None)
+            return Tick(message.id, self.now)
+        if isinstance(message, Answered):
+            self._ups.append(message.up.digest)
         task = self._waiting.pop(message.id, None)
-        if isinstance(message, Failed):
-            return None if task is None else Lost(task, message.reason)
         if task is None:
-            self.hub.shelf.release(self.run, message.up.digest)
             return None
-        try:
-            up = self.hub.blobs.read(message.up.digest)
-            if wrong := misfit(self.expected(task), up):
-                raise RunError(wrong)
-        except RunError as error:
-            self.hub.shelf.release(self.run, message.up.digest)
-            return Lost(task, line(f"its update is refused: {error.args[0]}"))
-        self._ups[message.id] = message.up.digest
-        return Reply(task, up, message.weight, message.metrics, message.samples, tuple(message.answers))
+        if isinstance(message, Answered):
+            try:
+                up = self.hub.blobs.read(message.up.digest)
+                if not sure and (wrong := misfit(self.expected(task), up)):
+                    raise RunError(wrong)
+            except RunError as error:
+                if sure:
+                    raise
+                why = f"its update is refused: {error.args[0]}"
+                message = Failed(run=self.run, id=task.id, reason=line(why))
+            else:
+                self.last = Record("reply", self.now, _text(message), message.up)
+                return Reply(
+                    task, up, message.weight, message.metrics, message.samples, tuple(message.answers)
+                )
+        self.last = Record("lost", self.now, _text(message), None)
+        return Lost(task, message.reason)
 
 
 def misfit(expected: Tree | None, found: Tree) -> str:
@@ -199,3 +204,7 @@ def _form(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"
     return f"a {type(leaf).__name__}"
+
+
+def _text(message: Answered | Failed | Rang) -> str:
+    return bytes(message).decode()

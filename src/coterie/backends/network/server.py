@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -17,7 +18,9 @@ from coterie.backends.network import transfer
 from coterie.backends.network.hub import Course, Hub, Identity, Seat
 from coterie.backends.network.messages import (
     FRAME,
+    LETTER,
     PROTOCOL,
+    Away,
     BadMessage,
     Have,
     Hello,
@@ -29,11 +32,13 @@ from coterie.backends.network.messages import (
     line,
     parse,
 )
+from coterie.backends.network.transfer import uncut
 from coterie.core.errors import CoterieError
 from coterie.storage import Blobs, Corrupt
 
 SERVICE = "coterie.v1.Federation"
 FEATURES = ("zstd",)
+FAREWELL = 5.0  # seconds in which a site that must go may close the connection itself
 M = TypeVar("M", bound=Said)
 
 
@@ -41,8 +46,8 @@ def options(silence: float, *, server: bool = False) -> list[tuple[str, int]]:
     """What either end tells gRPC: how large a message may be, and to find connections that are half open."""
     ping = max(int(silence * 250), 1000)  # milliseconds
     ours = [
-        ("grpc.max_receive_message_length", FRAME),
-        ("grpc.max_send_message_length", FRAME),
+        ("grpc.max_receive_message_length", FRAME if server else LETTER),
+        ("grpc.max_send_message_length", LETTER if server else FRAME),
         ("grpc.keepalive_time_ms", ping),
         ("grpc.keepalive_timeout_ms", 2 * ping),
         ("grpc.http2.max_pings_without_data", 0),
@@ -80,7 +85,8 @@ class Server:
     ) -> None:
         self.hub, self.authorise, self.renew, self.more = hub, authorise, renew, more
         self.software, self.protocol = software, protocol
-        self._uploads: dict[tuple[str, str], Any] = {}  # site, digest -> the newest call that brings it
+        self._joined: set[asyncio.Task[Any]] = set()
+        self._uploads: dict[tuple[str, str], asyncio.Task[int]] = {}  # site, digest -> what receives it
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
         """Listen; return the port. credentials: None exactly when there is no `authorise`."""
@@ -106,11 +112,13 @@ class Server:
     async def stop(self) -> None:
         """Close all connections."""
         await self.server.stop(None)
+        if self._joined:  # gRPC does not wait for them
+            await asyncio.wait(self._joined)
 
     async def _join(self, _: Any, context: Any) -> None:
-        identity = await self._admit(context)
         hello = await _first(Hello, context)
         site, ours, theirs = hello.site, self.protocol, hello.protocol
+        identity = await self._admit(context)
         if identity.name != site:
             await _refuse(context, f"the certificate is of {identity.name}, not of {site}")
         if theirs[0] != ours[0] or abs(theirs[1] - ours[1]) > 1:
@@ -127,78 +135,100 @@ class Server:
         self.hub.brief(site, hello.runs)
         self.hub.tell("joined", site=site, peer=context.peer(), software=hello.software)
         outbox, end = seat.outbox, seat.end
-        assert outbox is not None and end is not None  # noqa: PT018
+        assert outbox is not None
+        assert end is not None
+        me = asyncio.current_task()
+        assert me is not None
+        self._joined.add(me)
+        me.add_done_callback(self._joined.discard)
         listen = asyncio.ensure_future(self._listen(site, seat, context))
         speak = asyncio.ensure_future(_speak(outbox, context))
         why = ""
         try:
             ways: list[asyncio.Future[Any]] = [listen, speak, end]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            if end.done():
-                why = end.result()
-            elif listen.done() and isinstance(error := listen.exception(), BadMessage):
-                why = str(error)
+            why = end.result() if end.done() else ""
         finally:
-            for way in (listen, speak):
-                way.cancel()
-            await asyncio.gather(listen, speak, return_exceptions=True)
             if seat.outbox is outbox:
                 seat.outbox = seat.end = None
             self.hub.tell("left", site=site, why=why)
+            try:
+                if why:  # a status that meets a message from the site would be lost, so it is told first
+                    outbox.put_nowait(Away(reason=line(why)))
+                    await asyncio.wait([listen], timeout=FAREWELL)
+            finally:
+                listen.cancel()
+                speak.cancel()
+                await asyncio.gather(listen, speak, return_exceptions=True)
         if why:
             await _refuse(context, why)
 
     async def _listen(self, site: str, seat: Seat, context: Any) -> None:
-        while (data := await context.read()) is not grpc.aio.EOF:
-            self.hub.take(site, seat, parse(data))
+        outbox, end = seat.outbox, seat.end
+        assert end is not None
+        while (data := await uncut(context.read())) is not grpc.aio.EOF:
+            if seat.outbox is outbox and not end.done():
+                try:
+                    self.hub.take(site, seat, parse(data))
+                except BadMessage as error:
+                    end.set_result(str(error))
 
-    async def _get(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+    async def _get(self, request: bytes, context: Any) -> None:
         identity = await self._admit(context)
         want = await _first(Want, context, request)
         course, seat = self.hub.hosted(identity.name, want.run), self.hub.seat(identity.name)
         if course is None or not _wanted(course, identity.name, want.digest):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no blob {want.digest[:12]} for {identity.name}")
         path = self.hub.blobs.path(want.digest)
-        async for frame in transfer.chunks(path, want.start, compress="zstd" in seat.features):
-            await self._check(context, identity)
-            yield frame
-            seat.seen = self.hub.loop.time()
+        with suppress(FileNotFoundError):  # nobody needs it any more, as the next attempt will hear
+            async for frame in transfer.chunks(path, want.start, compress="zstd" in seat.features):
+                await self._check(context, identity)
+                await uncut(context.write(frame))
+                seat.seen = self.hub.loop.time()
 
     async def _put(self, _: Any, context: Any) -> None:
         """Offer -> Have, then frames -> Have: less than the whole when a frame was damaged."""
         identity = await self._admit(context)
         offer = await _first(Offer, context)
-        site, up = identity.name, offer.up
+        site, up, blobs = identity.name, offer.up, self.hub.blobs
         if self.hub.given(site, offer.run, offer.id) is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"nobody waits for task {offer.id}")
         if up.size > (course := self.hub.runs[offer.run]).limit:
             why = f"site {site}: its update of {up.size} bytes is larger than {course.limit}"
             self.hub.lose(course, [offer.id], why)
             await context.abort(grpc.StatusCode.NOT_FOUND, why)
-        inbox = Blobs(self.hub.blobs.folder / "arriving" / site)  # parts that nobody else can spoil
-        key = (site, up.digest)
-        self._uploads[key] = context
 
         async def frames() -> AsyncIterator[bytes]:
-            while (frame := await context.read()) is not grpc.aio.EOF:
+            while (frame := await uncut(context.read())) is not grpc.aio.EOF:
                 await self._check(context, identity)
-                if self._uploads.get(key) is not context:  # the site has come again: this connection is dead
-                    return
                 self.hub.seat(site).seen = self.hub.loop.time()
                 yield frame
 
-        try:
-            held = up.size
-            if up.digest not in self.hub.blobs:
-                if (held := inbox.held(up.digest)) < up.size:
-                    await context.write(bytes(Have(held=held)))
-                held = await transfer.receive(frames(), inbox, up, into=self.hub.blobs)
-            await context.write(bytes(Have(held=held)))
-        except Corrupt as error:
-            await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
-        finally:
-            if self._uploads.get(key) is context:
-                del self._uploads[key]
+        key = (site, up.digest)
+        while older := self._uploads.pop(key, None):  # of a connection that is dead: the site has come again
+            older.cancel()
+            await asyncio.wait([older])
+        held = up.size
+        if up.digest not in blobs:
+            inbox = Blobs(blobs.folder / "arriving" / site)  # parts that nobody else can spoil
+            if (held := inbox.held(up.digest)) < up.size:
+                await uncut(context.write(bytes(Have(held=held))))
+            job = asyncio.ensure_future(transfer.receive(frames(), inbox, up, into=blobs))
+            self._uploads[key] = job
+            try:
+                held = await job
+            except Corrupt as error:
+                await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+            finally:
+                if self._uploads.get(key) is job:
+                    del self._uploads[key]
+        await uncut(context.write(bytes(Have(held=held))))
+        with suppress(
+            TimeoutError
+        ):  # until the site has heard it: a status that meets a frame hides the message
+            async with asyncio.timeout(FAREWELL):
+                async for _ in frames():
+                    pass
 
     async def _renew(self, request: bytes, context: Any) -> bytes:
         identity = await self._admit(context)
@@ -231,7 +261,7 @@ class Server:
 async def _first(kind: type[M], context: Any, data: Any = None) -> M:
     """The message that a call begins with."""
     try:
-        message: Message = parse(data or await context.read() or b"")
+        message: Message = parse(data or await uncut(context.read()) or b"")
         if not isinstance(message, kind):
             raise BadMessage(f"{message.message!r} where {kind.__name__} should be")
     except BadMessage as error:
@@ -246,7 +276,7 @@ async def _refuse(context: Any, why: str) -> NoReturn:
 
 async def _speak(outbox: asyncio.Queue[Message], context: Any) -> None:
     while True:
-        await context.write(bytes(await outbox.get()))
+        await uncut(context.write(bytes(await outbox.get())))
 
 
 def _wanted(course: Course, site: str, digest: str) -> bool:
