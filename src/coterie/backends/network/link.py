@@ -44,6 +44,7 @@ from coterie.backends.network.messages import (
     parse,
 )
 from coterie.backends.network.server import FEATURES, SERVICE, options
+from coterie.backends.network.transfer import uncut
 from coterie.core.errors import CoterieError, RunError
 from coterie.core.types import ClientId, Task
 from coterie.storage import Blob, Blobs, Corrupt
@@ -121,8 +122,9 @@ class Link:
         self._outbox: asyncio.Queue[Message] | None = None  # None: not connected
         self._compress = False
         self._slots = asyncio.Semaphore(AT_ONCE)
-        self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._moving: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._up, self._down = transfer.Pace(rate), transfer.Pace(rate)
+        self._moved = 0  # chunks that arrived, which are signs of life
         self._stopped = asyncio.Event()
 
     async def run(self) -> None:
@@ -229,9 +231,9 @@ class Link:
             protocol=self.protocol, software=self.software, features=self.features, site=self.site,
             runs=list(self.runs),
         )  # fmt: skip
-        with suppress(asyncio.InvalidStateError):  # it has ended; reading says why
-            await call.write(bytes(hello))
-        while (data := await call.read()) is not grpc.aio.EOF:
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it has ended; reading says why
+            await uncut(call.write(bytes(hello)))
+        while (data := await uncut(call.read())) is not grpc.aio.EOF:
             message = parse(data)
             if self._joined:
                 self._take(message)
@@ -245,12 +247,13 @@ class Link:
                 raise BadMessage(f"the server begins with {message.message!r}")
 
     async def _speak(self, call: Any, outbox: asyncio.Queue[Message]) -> None:
-        while True:
-            await call.write(bytes(await outbox.get()))
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it has ended; reading says why
+            while True:
+                await uncut(call.write(bytes(await outbox.get())))
 
     async def _beat(self, every: float) -> None:
         while True:
-            self._say(Beat(progress={run: self.handler.progress(run) for run in self.runs}))
+            self._say(Beat(progress={run: self.handler.progress(run) + self._moved for run in self.runs}))
             await asyncio.sleep(every)
 
     def _take(self, message: Message) -> None:
@@ -353,8 +356,9 @@ class Link:
             call = self._bulk.unary_stream(f"/{SERVICE}/Get")(bytes(want), metadata=self._who())
 
             async def frames() -> AsyncIterator[bytes]:
-                async for frame in call:
+                while (frame := await uncut(call.read())) is not grpc.aio.EOF:
                     await self._down.spend(len(frame))
+                    self._moved += 1
                     yield frame
 
             try:
@@ -362,8 +366,7 @@ class Link:
             finally:
                 call.cancel()
 
-        lock = self._fetching.setdefault(blob.digest, asyncio.Lock())
-        async with lock:
+        async with self._moving.setdefault(blob.digest, asyncio.Lock()):
             if blob.digest not in self.blobs:
                 await self._insist(once, blob)
 
@@ -374,20 +377,21 @@ class Link:
             call = self._bulk.stream_stream(f"/{SERVICE}/Put")(metadata=self._who())
             try:
                 with suppress(asyncio.InvalidStateError):  # the server has ended the call, and says why
-                    await call.write(bytes(Offer(run=message.run, id=message.id, up=message.up)))
+                    await uncut(call.write(bytes(Offer(run=message.run, id=message.id, up=message.up))))
                     if (held := await _have(call)) == message.up.size:
                         return held
                     path = self.blobs.path(message.up.digest)
                     async for frame in transfer.chunks(path, held, compress=self._compress):
                         await self._up.spend(len(frame))
-                        await call.write(frame)
-                    await call.done_writing()
+                        await uncut(call.write(frame))
+                    await uncut(call.done_writing())
                 return await _have(call)
             finally:
                 call.cancel()
 
         try:
-            await self._insist(once, message.up)
+            async with self._moving.setdefault(message.up.digest, asyncio.Lock()):
+                await self._insist(once, message.up)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise
@@ -441,8 +445,7 @@ class Link:
 
 async def _have(call: Any) -> int:
     """What the server says it holds. Raises the AioRpcError that it ended the call with."""
-    data = await call.read()
-    if data is grpc.aio.EOF:
+    if (data := await uncut(call.read())) is grpc.aio.EOF:
         code, details = await call.code(), await call.details()
         raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
     message = parse(data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -29,6 +30,7 @@ from coterie.backends.network.messages import (
     line,
     parse,
 )
+from coterie.backends.network.transfer import uncut
 from coterie.core.errors import CoterieError
 from coterie.storage import Blobs, Corrupt
 
@@ -78,7 +80,7 @@ class Server:
     ) -> None:
         self.hub, self.authorise, self.renew = hub, authorise, renew
         self.software, self.protocol = software, protocol
-        self._uploads: dict[tuple[str, str], Any] = {}  # site, digest -> the newest call that brings it
+        self._uploads: dict[tuple[str, str], asyncio.Task[int]] = {}  # site, digest -> what receives it
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
         """Listen; return the port. credentials: None exactly when there is no `authorise`."""
@@ -135,8 +137,8 @@ class Server:
             elif listen.done() and isinstance(error := listen.exception(), BadMessage):
                 why = str(error)
         finally:
-            for way in (listen, speak):
-                way.cancel()
+            listen.cancel()
+            speak.cancel()
             await asyncio.gather(listen, speak, return_exceptions=True)
             if seat.outbox is outbox:
                 seat.outbox = seat.end = None
@@ -145,56 +147,59 @@ class Server:
             await _refuse(context, why)
 
     async def _listen(self, site: str, seat: Seat, context: Any) -> None:
-        while (data := await context.read()) is not grpc.aio.EOF:
+        while (data := await uncut(context.read())) is not grpc.aio.EOF:
             self.hub.take(site, seat, parse(data))
 
-    async def _get(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+    async def _get(self, request: bytes, context: Any) -> None:
         identity = await self._admit(context)
         want = await _first(Want, context, request)
         course, seat = self.hub.hosted(identity.name, want.run), self.hub.seat(identity.name)
         if course is None or not _wanted(course, identity.name, want.digest):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no blob {want.digest[:12]} for {identity.name}")
         path = self.hub.blobs.path(want.digest)
-        async for frame in transfer.chunks(path, want.start, compress="zstd" in seat.features):
-            await self._check(context, identity)
-            yield frame
-            seat.seen = self.hub.loop.time()
+        with suppress(FileNotFoundError):  # nobody needs it any more, as the next attempt will hear
+            async for frame in transfer.chunks(path, want.start, compress="zstd" in seat.features):
+                await self._check(context, identity)
+                await uncut(context.write(frame))
+                seat.seen = self.hub.loop.time()
 
     async def _put(self, _: Any, context: Any) -> None:
         """Offer -> Have, then frames -> Have: less than the whole when a frame was damaged."""
         identity = await self._admit(context)
         offer = await _first(Offer, context)
-        site, up = identity.name, offer.up
+        site, up, blobs = identity.name, offer.up, self.hub.blobs
         if self.hub.given(site, offer.run, offer.id) is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"nobody waits for task {offer.id}")
         if up.size > (course := self.hub.runs[offer.run]).limit:
             why = f"site {site}: its update of {up.size} bytes is larger than {course.limit}"
             self.hub.lose(course, [offer.id], why)
             await context.abort(grpc.StatusCode.NOT_FOUND, why)
-        inbox = Blobs(self.hub.blobs.folder / "arriving" / site)  # parts that nobody else can spoil
-        key = (site, up.digest)
-        self._uploads[key] = context
 
         async def frames() -> AsyncIterator[bytes]:
-            while (frame := await context.read()) is not grpc.aio.EOF:
+            while (frame := await uncut(context.read())) is not grpc.aio.EOF:
                 await self._check(context, identity)
-                if self._uploads.get(key) is not context:  # the site has come again: this connection is dead
-                    return
                 self.hub.seat(site).seen = self.hub.loop.time()
                 yield frame
 
-        try:
-            held = up.size
-            if up.digest not in self.hub.blobs:
-                if (held := inbox.held(up.digest)) < up.size:
-                    await context.write(bytes(Have(held=held)))
-                held = await transfer.receive(frames(), inbox, up, into=self.hub.blobs)
-            await context.write(bytes(Have(held=held)))
-        except Corrupt as error:
-            await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
-        finally:
-            if self._uploads.get(key) is context:
-                del self._uploads[key]
+        key = (site, up.digest)
+        while older := self._uploads.pop(key, None):  # of a connection that is dead: the site has come again
+            older.cancel()
+            await asyncio.wait([older])
+        held = up.size
+        if up.digest not in blobs:
+            inbox = Blobs(blobs.folder / "arriving" / site)  # parts that nobody else can spoil
+            if (held := inbox.held(up.digest)) < up.size:
+                await uncut(context.write(bytes(Have(held=held))))
+            job = asyncio.ensure_future(transfer.receive(frames(), inbox, up, into=blobs))
+            self._uploads[key] = job
+            try:
+                held = await job
+            except Corrupt as error:
+                await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+            finally:
+                if self._uploads.get(key) is job:
+                    del self._uploads[key]
+        await uncut(context.write(bytes(Have(held=held))))
 
     async def _renew(self, request: bytes, context: Any) -> bytes:
         identity = await self._admit(context)
@@ -227,7 +232,7 @@ class Server:
 async def _first(kind: type[M], context: Any, data: Any = None) -> M:
     """The message that a call begins with."""
     try:
-        message: Message = parse(data or await context.read() or b"")
+        message: Message = parse(data or await uncut(context.read()) or b"")
         if not isinstance(message, kind):
             raise BadMessage(f"{message.message!r} where {kind.__name__} should be")
     except BadMessage as error:
@@ -242,7 +247,7 @@ async def _refuse(context: Any, why: str) -> NoReturn:
 
 async def _speak(outbox: asyncio.Queue[Message], context: Any) -> None:
     while True:
-        await context.write(bytes(await outbox.get()))
+        await uncut(context.write(bytes(await outbox.get())))
 
 
 def _wanted(course: Course, site: str, digest: str) -> bool:
