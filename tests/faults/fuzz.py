@@ -18,6 +18,7 @@ CONFIG = {"epochs": 1, "lr": 0.1, "deep": [(1, {"a": None})], "nan": float("nan"
 SEEDS = [
     messages.Hello(protocol=(1, 0), software="x", features=["zstd"], site="a", runs=["r"]),
     messages.Welcome(protocol=(1, 0), software="x", features=[], silence=120.0),
+    messages.Away(reason="revoked"),
     messages.RunOpened(run="r", name="n", config="a = 1", config_digest="d", clients=["é"], code=BLOB),
     messages.Opened(run="r"),
     messages.Declined(run="r", reason="no"),

@@ -25,6 +25,7 @@ from coterie.backends.network.messages import (
     Accepted,
     Answered,
     Assign,
+    Away,
     BadMessage,
     Beat,
     Declined,
@@ -235,6 +236,8 @@ class Link:
             await uncut(call.write(bytes(hello)))
         while (data := await uncut(call.read())) is not grpc.aio.EOF:
             message = parse(data)
+            if isinstance(message, Away):
+                raise Refused(f"server {address} refuses site {self.site}: {message.reason}")
             if self._joined:
                 self._take(message)
             elif isinstance(message, Welcome):

@@ -114,6 +114,13 @@ class Welcome(Said):
     silence: Annotated[float, Field(gt=0, le=1e6)]
 
 
+class Away(Said):
+    """Server: you may not stay, for this reason."""
+
+    message: Literal["away"] = "away"
+    reason: Line
+
+
 class RunOpened(Said):
     """Server: a run that the site takes part in. signer: certificate (PEM) of who signed the config."""
 
@@ -261,7 +268,7 @@ class Have(Said):
 
 
 Message = (
-    Hello | Welcome | RunOpened | Opened | Declined | Assign | Answered | Failed | Taken | Dropped
+    Hello | Welcome | Away | RunOpened | Opened | Declined | Assign | Answered | Failed | Taken | Dropped
     | Accepted | RunClosed | Beat | Rang | Want | Offer | Have
 )  # fmt: skip
 _MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="message")])

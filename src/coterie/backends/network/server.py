@@ -19,6 +19,7 @@ from coterie.backends.network.hub import Course, Hub, Identity, Seat
 from coterie.backends.network.messages import (
     FRAME,
     PROTOCOL,
+    Away,
     BadMessage,
     Have,
     Hello,
@@ -36,6 +37,7 @@ from coterie.storage import Blobs, Corrupt
 
 SERVICE = "coterie.v1.Federation"
 FEATURES = ("zstd",)
+FAREWELL = 5.0  # seconds in which a site that must go may close the connection itself
 M = TypeVar("M", bound=Said)
 
 
@@ -106,9 +108,9 @@ class Server:
         await self.server.stop(None)
 
     async def _join(self, _: Any, context: Any) -> None:
-        identity = await self._admit(context)
         hello = await _first(Hello, context)
         site, ours, theirs = hello.site, self.protocol, hello.protocol
+        identity = await self._admit(context)
         if identity.name != site:
             await _refuse(context, f"the certificate is of {identity.name}, not of {site}")
         if theirs[0] != ours[0] or abs(theirs[1] - ours[1]) > 1:
@@ -125,30 +127,39 @@ class Server:
         self.hub.brief(site, hello.runs)
         self.hub.tell("joined", site=site, peer=context.peer(), software=hello.software)
         outbox, end = seat.outbox, seat.end
-        assert outbox is not None and end is not None  # noqa: PT018
+        assert outbox is not None
+        assert end is not None
         listen = asyncio.ensure_future(self._listen(site, seat, context))
         speak = asyncio.ensure_future(_speak(outbox, context))
         why = ""
         try:
             ways: list[asyncio.Future[Any]] = [listen, speak, end]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            if end.done():
-                why = end.result()
-            elif listen.done() and isinstance(error := listen.exception(), BadMessage):
-                why = str(error)
+            why = end.result() if end.done() else ""
         finally:
-            listen.cancel()
-            speak.cancel()
-            await asyncio.gather(listen, speak, return_exceptions=True)
             if seat.outbox is outbox:
                 seat.outbox = seat.end = None
             self.hub.tell("left", site=site, why=why)
+            try:
+                if why:  # a status that meets a message from the site would be lost, so it is told first
+                    outbox.put_nowait(Away(reason=line(why)))
+                    await asyncio.wait([listen], timeout=FAREWELL)
+            finally:
+                listen.cancel()
+                speak.cancel()
+                await asyncio.gather(listen, speak, return_exceptions=True)
         if why:
             await _refuse(context, why)
 
     async def _listen(self, site: str, seat: Seat, context: Any) -> None:
+        outbox, end = seat.outbox, seat.end
+        assert end is not None
         while (data := await uncut(context.read())) is not grpc.aio.EOF:
-            self.hub.take(site, seat, parse(data))
+            if seat.outbox is outbox and not end.done():
+                try:
+                    self.hub.take(site, seat, parse(data))
+                except BadMessage as error:
+                    end.set_result(str(error))
 
     async def _get(self, request: bytes, context: Any) -> None:
         identity = await self._admit(context)
