@@ -429,6 +429,34 @@ def test_a_site_that_declines_says_why_each_time(tmp_path):
     run(go())
 
 
+def test_a_run_that_cannot_begin_at_a_site_is_declined_and_one_that_begins_slowly_is_waited_for(tmp_path):
+    class Slow(Waits):
+        async def opened(self, run):
+            await asyncio.sleep(0.2)
+            if run.run == "run-2":
+                raise OSError("no data")
+            return await super().opened(run)
+
+    async def go():
+        async with serving(tmp_path / "hub") as (hub, port):
+            for name in ("run-1", "run-2"):
+                hub.open(opening(name), {"a": ["c"]})
+            hub.accepted("run-1", 3, {"c": 7}, [])
+            handler = Slow()
+            backend, other = backend_of(hub), NetworkBackend(hub, "run-2", lambda client: "a")
+            backend.send([task(8)])
+            other.send([task(8)])
+            waits = asyncio.ensure_future(backend.event())
+            async with linked(link_of("a", port, tmp_path / "a", handler)):
+                assert (await soon(other)).reason == "OSError: no data"
+                while not handler.of("work"):
+                    await asyncio.sleep(0.01)
+                assert [line[0] for line in handler.log] == ["opened", "accepted", "work"]
+            waits.cancel()
+
+    run(go())
+
+
 def test_timers_go_on_where_they_were_and_the_log_is_replayed_first(tmp_path):
     async def go():
         async with serving(tmp_path / "hub") as (hub, _):

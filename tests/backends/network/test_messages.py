@@ -109,7 +109,7 @@ def test_nan_is_allowed_only_where_a_plan_judges_it():
 
 def test_what_is_larger_than_a_frame_is_refused_before_it_is_read():
     with pytest.raises(BadMessage, match="at most"):
-        parse(b" " * (messages.FRAME + 1))
+        parse(b" " * (messages.LETTER + 1))
     with pytest.raises(BadMessage, match="at most"):
         bytes(messages.Dropped(run="r", ids=[2**52] * 90_000))
 

@@ -18,6 +18,7 @@ from coterie.backends.network import transfer
 from coterie.backends.network.hub import Course, Hub, Identity, Seat
 from coterie.backends.network.messages import (
     FRAME,
+    LETTER,
     PROTOCOL,
     Away,
     BadMessage,
@@ -45,8 +46,8 @@ def options(silence: float, *, server: bool = False) -> list[tuple[str, int]]:
     """What either end tells gRPC: how large a message may be, and to find connections that are half open."""
     ping = max(int(silence * 250), 1000)  # milliseconds
     ours = [
-        ("grpc.max_receive_message_length", FRAME),
-        ("grpc.max_send_message_length", FRAME),
+        ("grpc.max_receive_message_length", FRAME if server else LETTER),
+        ("grpc.max_send_message_length", LETTER if server else FRAME),
         ("grpc.keepalive_time_ms", ping),
         ("grpc.keepalive_timeout_ms", 2 * ping),
         ("grpc.http2.max_pings_without_data", 0),
