@@ -170,7 +170,7 @@ def test_a_blob_is_sent_once_to_each_site_and_freed_when_nothing_needs_it(tmp_pa
 
 
 @pytest.mark.parametrize("way", ["down", "up"])
-def test_a_corrupt_chunk_is_refused_and_sent_again(tmp_path, monkeypatch, way):
+def test_a_corrupt_chunk_is_refused_and_sent_again(tmp_path, monkeypatch, caplog, way):
     packed, harm = chunks.packed, [2 * MB]
 
     def harmed(offset, data, **more):
@@ -201,6 +201,7 @@ def test_a_corrupt_chunk_is_refused_and_sent_again(tmp_path, monkeypatch, way):
                 assert not harm
 
     run(go())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_small_messages_are_not_kept_waiting_by_transfers(tmp_path):

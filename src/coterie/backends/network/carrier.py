@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -59,16 +58,19 @@ class Carrier:
         async def once() -> int:
             call = channel.stream_stream(f"/{SERVICE}/Put")(metadata=self.who)
             try:
-                with suppress(asyncio.InvalidStateError):  # the server has ended the call, and says why
-                    await uncut(call.write(bytes(Offer(run=message.run, id=message.id, up=message.up))))
-                    if (held := await _have(call)) == message.up.size:
-                        return held
-                    path = self.blobs.path(message.up.digest)
-                    async for frame in transfer.chunks(path, held, compress=compress):
-                        await self._up.spend(len(frame))
-                        await uncut(call.write(frame))
-                    await uncut(call.done_writing())
-                return await _have(call)
+                await uncut(call.write(bytes(Offer(run=message.run, id=message.id, up=message.up))))
+                if (held := await _have(call)) == message.up.size:
+                    return held
+                end = asyncio.ensure_future(_have(call))  # comes early when a chunk is damaged
+                async for frame in transfer.chunks(
+                    self.blobs.path(message.up.digest), held, compress=compress
+                ):
+                    await self._up.spend(len(frame))
+                    if end.done():
+                        break
+                    await uncut(call.write(frame))
+                await uncut(call.done_writing())
+                return await end
             finally:
                 call.cancel()
 

@@ -212,6 +212,12 @@ class Server:
                 if self._uploads.get(key) is job:
                     del self._uploads[key]
         await uncut(context.write(bytes(Have(held=held))))
+        with suppress(
+            TimeoutError
+        ):  # until the site has heard it: a status that meets a frame hides the message
+            async with asyncio.timeout(FAREWELL):
+                async for _ in frames():
+                    pass
 
     async def _renew(self, request: bytes, context: Any) -> bytes:
         identity = await self._admit(context)

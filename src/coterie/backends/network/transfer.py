@@ -130,6 +130,7 @@ async def receive(
             try:
                 held = await in_thread(keep, frame)
             except BadMessage:
+                await asyncio.wait([ahead])  # whoever reads on must not meet it
                 return held
     finally:
         ahead.cancel()
