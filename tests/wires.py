@@ -92,7 +92,7 @@ def person(cert_pem):
 class Proxy:
     """Carries TCP connections to a port and counts the bytes. cut(): all of them end.
 
-    held: nothing passes while it is not set, and nobody is told. budget: bytes after which everything is cut.
+    clear: while it is not set, nothing passes and nobody is told. budget: bytes after which everything is cut.
     """
 
     def __init__(self, port):

@@ -109,8 +109,6 @@ class Hub:
         self.runs: dict[str, Course] = {}
         self.revoked: set[int] = set()
 
-    # What runs ask for
-
     def open(
         self, opening: RunOpened, hosts: Mapping[str, Iterable[ClientId]], *, limit: int = 1 << 50
     ) -> None:
@@ -181,8 +179,6 @@ class Hub:
         for name, seat in self.seats.items():
             if seat.identity is not None and seat.identity.serial == serial:
                 _end(seat, f"the certificate of site {name} (serial {serial}) is revoked")
-
-    # What the server brings
 
     def join(self, site: str, identity: Identity, features: frozenset[str], welcome: Message) -> Seat:
         """A site is here; whoever was here in its name must go. Its outbox begins with the welcome."""

@@ -190,8 +190,6 @@ class Link:
         except grpc.aio.AioRpcError as error:
             raise Refused(str(error.details())) from None
 
-    # One connection
-
     async def _session(self, address: str) -> tuple[bool, str]:
         """Connect and work until it breaks; return whether all was well until then, and why it broke."""
         self._joined, self._broken = False, asyncio.get_running_loop().create_future()
@@ -373,8 +371,6 @@ class Link:
             self.tell("unwanted", run=message.run, id=message.id, why=error.details())
         else:
             self._say(message)
-
-    # What they have in common
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if self.credentials is None:

@@ -83,6 +83,7 @@ class Server:
     ) -> None:
         self.hub, self.authorise, self.renew = hub, authorise, renew
         self.software, self.protocol = software, protocol
+        self._joined: set[asyncio.Task[Any]] = set()
         self._uploads: dict[tuple[str, str], asyncio.Task[int]] = {}  # site, digest -> what receives it
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
@@ -107,6 +108,8 @@ class Server:
     async def stop(self) -> None:
         """Close all connections."""
         await self.server.stop(None)
+        if self._joined:  # gRPC does not wait for them
+            await asyncio.wait(self._joined)
 
     async def _join(self, _: Any, context: Any) -> None:
         hello = await _first(Hello, context)
@@ -130,6 +133,10 @@ class Server:
         outbox, end = seat.outbox, seat.end
         assert outbox is not None
         assert end is not None
+        me = asyncio.current_task()
+        assert me is not None
+        self._joined.add(me)
+        me.add_done_callback(self._joined.discard)
         listen = asyncio.ensure_future(self._listen(site, seat, context))
         speak = asyncio.ensure_future(_speak(outbox, context))
         why = ""
