@@ -90,9 +90,9 @@ def person(cert_pem):
 
 
 class Proxy:
-    """Carries TCP connections to a port and counts the bytes. cut(): all of them break, as by a reset.
+    """Carries TCP connections to a port and counts the bytes. cut(): all of them end.
 
-    held: nothing passes while it is not set, and nobody is told. budget: bytes after which everything is cut.
+    clear: while it is not set, nothing passes and nobody is told. budget: bytes after which everything is cut.
     """
 
     def __init__(self, port):
@@ -114,7 +114,7 @@ class Proxy:
 
     def cut(self):
         for writer in self.open:
-            writer.transport.abort()
+            writer.close()
         self.open.clear()
 
     async def _serve(self, reader, writer):

@@ -19,7 +19,6 @@ from sqlalchemy import text
 from coterie.core import ConfigError, Fenced, RunError
 from coterie.storage.blobs import Blob
 from coterie.storage.database import Database, Logged, Run
-from coterie.storage.registry import Registry
 from coterie.storage.tables import metadata
 
 
@@ -145,7 +144,6 @@ def test_a_stale_holder_is_fenced(database_url):
             lambda: old.commit("one", 1, Blob(digest(1), 1), "{}", {}),
             lambda: old.set_status("one", "failed"),
             lambda: old.delete_run("one"),
-            lambda: Registry(old).saw("ann"),
         ]
         for call in calls:
             with pytest.raises(Fenced, match="another server has taken over"):
@@ -220,47 +218,6 @@ def test_writes_of_many_threads_are_all_there(database):
         thread.join()
     for i in range(6):
         assert [event.head for event in database.events(f"r{i}")] == [f"{n}" for n in range(10)]
-
-
-def test_the_registry(database):
-    registry, soon = Registry(database), time.time() + 100
-    registry.add_token("h1", "hospital-a", "site", soon)
-    registry.add_token("h2", "hospital-b", "site", time.time() - 1)
-    assert registry.use_token("h1") == ("hospital-a", "site")
-    for hash, why in (("h1", "used already"), ("h2", "expired"), ("h3", "unknown")):
-        with pytest.raises(ConfigError, match=why):
-            registry.use_token(hash)
-    big = 2**159 + 7
-    registry.add_certificate(big, "hospital-a", "site", soon)
-    assert registry.revoked() == frozenset()
-    registry.revoke(big)
-    registry.revoke(5)  # an external authority's
-    assert registry.revoked() == {big, 5}
-    (first,) = [each for each in registry.certificates() if each.serial == big]
-    registry.revoke(big)  # again: the first time counts
-    assert first in registry.certificates()
-    registry.saw("hospital-a", ["zstd"], "aa")
-    registry.saw("hospital-a", ["zstd", "bf16"])
-    (site,) = registry.sites()
-    assert (site.features, site.ledger) == (("zstd", "bf16"), "aa")
-
-
-def test_a_token_is_used_once_by_many_at_once(database):
-    registry, got = Registry(database), []
-    registry.add_token("h", "a", "site", time.time() + 100)
-
-    def use():
-        try:
-            got.append(registry.use_token("h"))
-        except ConfigError as error:
-            got.append(error)
-
-    threads = [threading.Thread(target=use) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(isinstance(each, ConfigError) for each in got) == [False] + [True] * 5
 
 
 def test_a_newer_schema_is_refused_by_name(database_url):

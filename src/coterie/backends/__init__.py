@@ -4,7 +4,7 @@
 `site` is what a participant does with tasks, in every backend, and the pool of one process. `system`
 simulates devices: how long they take, when they are online, who drops out. `crew` is the pool of many
 workers: processes of this machine (`workers`) or actors of a Ray cluster (`raycluster`), with `shards` as
-the half that runs there.
+the half that runs there. `network` joins a server and its sites; it is imported only where it is used.
 """
 
 from coterie.backends.crew import Crew

@@ -3,8 +3,9 @@
 Written so that a kill at any moment leaves a run that can be resumed. What a checkpoint holds is decided
 elsewhere (schedules, experiment); how trees become bytes is `core.codec`. Read `runs.py` first.
 
-A server's state is a database: `database` (runs, logs, commits), `registry` (who may talk to it), `lease`
-(one writer at a time), `archive` (the blobs that rows name). Import these by name: they need extra `deploy`.
+A server's state is a database: `database` (runs, logs, commits), `lease` (one writer at a time), `archive`
+(the blobs that rows name). Import these by name: they need the extra `deploy`. `ledger` is what parties prove
+with.
 """
 
 from coterie.storage.blobs import Blob, Blobs, Corrupt

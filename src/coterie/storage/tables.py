@@ -59,29 +59,3 @@ lease = Table(
     Column("holder", Text),
     Column("expires", Float, nullable=False),
 )
-tokens = Table(
-    "tokens",
-    metadata,
-    Column("hash", Text, primary_key=True),
-    Column("name", Text, nullable=False),
-    Column("role", Text, nullable=False),
-    Column("expires", Float, nullable=False),
-    Column("used", Float),
-)
-certificates = Table(
-    "certificates",
-    metadata,
-    Column("serial", Text, primary_key=True),  # hexadecimal: up to 160 bits
-    Column("name", Text, nullable=False),
-    Column("role", Text, nullable=False),
-    Column("expires", Float, nullable=False),
-    Column("revoked", Float),
-)
-sites = Table(
-    "sites",
-    metadata,
-    Column("name", Text, primary_key=True),
-    Column("seen", Float, nullable=False),
-    Column("features", Text, nullable=False),  # JSON
-    Column("ledger", Text),  # the newest hash of the site's ledger that it told
-)

@@ -8,7 +8,7 @@ are lost once it has been silent for too long. How messages travel is the `serve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -75,13 +75,15 @@ class Course:
     """A run that is open. limit: bytes of the largest update."""
 
     opening: RunOpened
-    hosts: Mapping[str, Sequence[ClientId]]
+    hosts: Mapping[str, Collection[ClientId]]
     limit: int
     heard: Callable[[Answered | Failed], None] = lambda message: None
     tasks: dict[int, Given] = field(default_factory=dict)
     answered: dict[int, str] = field(default_factory=dict)  # not yet taken -> whose
     declined: dict[str, str] = field(default_factory=dict)  # site -> why
-    commit: Accepted | None = None  # the newest, with all that was accepted before
+    version: int = -1  # of the newest commit
+    accepted: dict[ClientId, int] = field(default_factory=dict)  # up to it
+    flying: list[int] = field(default_factory=list)
 
     def of(self, site: str) -> list[int]:
         """The tasks that a site has."""
@@ -112,13 +114,12 @@ class Hub:
         self.runs: dict[str, Course] = {}
         self.revoked: set[int] = set()
 
-    # What runs ask for
-
     def open(
-        self, opening: RunOpened, hosts: Mapping[str, Sequence[ClientId]], *, limit: int = 1 << 50
+        self, opening: RunOpened, hosts: Mapping[str, Iterable[ClientId]], *, limit: int = 1 << 50
     ) -> None:
         """Begin a run. hosts: site -> the clients there. limit: bytes of the largest update."""
-        course = self.runs[opening.run] = Course(opening, hosts, limit)
+        kept = {site: dict.fromkeys(clients) for site, clients in hosts.items()}
+        course = self.runs[opening.run] = Course(opening, kept, limit)
         for site in hosts:
             self._say(site, _opening(course, site))
 
@@ -166,12 +167,10 @@ class Hub:
         """Tell the sites of a commit."""
         if (course := self.runs.get(run)) is None:
             return
-        known = {**course.commit.accepted, **accepted} if course.commit else dict(accepted)
-        course.commit = Accepted.model_construct(
-            run=run, version=version, accepted=known, flying=list(flying)
-        )
-        for site in course.hosts:
-            self._say(site, _commit(course, course.commit, site))
+        course.version, course.flying = version, list(flying)
+        course.accepted.update(accepted)
+        for site, clients in course.hosts.items():
+            self._say(site, _commit(course, accepted, clients))
 
     def taken(self, run: str, id: int) -> None:
         """The reply to this task is durable."""
@@ -185,8 +184,6 @@ class Hub:
         for name, seat in self.seats.items():
             if seat.identity is not None and seat.identity.serial == serial:
                 _end(seat, f"the certificate of site {name} (serial {serial}) is revoked")
-
-    # What the server brings
 
     def join(self, site: str, identity: Identity, features: frozenset[str], welcome: Message) -> Seat:
         """A site is here; whoever was here in its name must go. Its outbox begins with the welcome."""
@@ -206,8 +203,8 @@ class Hub:
             if site in course.hosts:
                 course.declined.pop(site, None)
                 self._say(site, _opening(course, site))
-                if course.commit:
-                    self._say(site, _commit(course, course.commit, site))
+                if course.version >= 0:
+                    self._say(site, _commit(course, course.accepted, course.hosts[site]))
                 for assign in _together(course.tasks[id] for id in course.of(site)):
                     self._say(site, assign)
 
@@ -305,9 +302,10 @@ def _opening(course: Course, site: str) -> RunOpened:
     return course.opening.model_copy(update={"clients": list(course.hosts[site])})
 
 
-def _commit(course: Course, commit: Accepted, site: str) -> Accepted:
-    here = {client: commit.accepted[client] for client in course.hosts[site] if client in commit.accepted}
-    return commit.model_copy(update={"accepted": here})
+def _commit(course: Course, accepted: Mapping[ClientId, int], clients: Collection[ClientId]) -> Accepted:
+    some, others = (accepted, clients) if len(accepted) < len(clients) else (clients, accepted)
+    here = {client: accepted[client] for client in some if client in others}
+    return Accepted(run=course.opening.run, version=course.version, accepted=here, flying=course.flying)
 
 
 def _together(given: Iterable[Given]) -> Iterator[Assign]:

@@ -10,47 +10,43 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import grpc
 
-from coterie.backends.network import transfer
+from coterie.backends.network.carrier import Carrier
 from coterie.backends.network.desk import Desk, Key
 from coterie.backends.network.messages import (
     PROTOCOL,
     Accepted,
     Answered,
     Assign,
+    Away,
     BadMessage,
     Beat,
     Declined,
     Dropped,
     Failed,
-    Have,
     Hello,
     Message,
-    Offer,
     Opened,
     RunClosed,
     RunOpened,
     Taken,
-    Want,
     Welcome,
     line,
     parse,
 )
 from coterie.backends.network.server import FEATURES, SERVICE, options
+from coterie.backends.network.transfer import uncut
 from coterie.core.errors import CoterieError, RunError
 from coterie.core.types import ClientId, Task
-from coterie.storage import Blob, Blobs, Corrupt
+from coterie.storage import Blob, Blobs
 
 FIRST, LONGEST = 0.1, 15.0  # seconds between attempts to connect
-AT_ONCE = 4  # transfers
-ATTEMPTS = 5  # of a transfer that does not get on
 _PERMANENT = {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED}
 
 
@@ -120,9 +116,7 @@ class Link:
         self._jobs: set[asyncio.Task[None]] = set()  # of this connection, which ends when one of them fails
         self._outbox: asyncio.Queue[Message] | None = None  # None: not connected
         self._compress = False
-        self._slots = asyncio.Semaphore(AT_ONCE)
-        self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._up, self._down = transfer.Pace(rate), transfer.Pace(rate)
+        self._carrier = Carrier(blobs, site, rate, tell)
         self._stopped = asyncio.Event()
 
     async def run(self) -> None:
@@ -190,17 +184,17 @@ class Link:
         if self._outbox is None:
             raise RunError("the server cannot be reached now", "try again when the site is connected")
         try:
-            return bytes(await self._control.unary_unary(f"/{SERVICE}/Renew")(request, metadata=self._who()))
+            return bytes(
+                await self._control.unary_unary(f"/{SERVICE}/Renew")(request, metadata=self._carrier.who)
+            )
         except grpc.aio.AioRpcError as error:
             raise Refused(str(error.details())) from None
-
-    # One connection
 
     async def _session(self, address: str) -> tuple[bool, str]:
         """Connect and work until it breaks; return whether all was well until then, and why it broke."""
         self._joined, self._broken = False, asyncio.get_running_loop().create_future()
         async with self._channel(address) as self._control, self._channel(address) as self._bulk:
-            call = self._control.stream_stream(f"/{SERVICE}/Join")(metadata=self._who())
+            call = self._control.stream_stream(f"/{SERVICE}/Join")(metadata=self._carrier.who)
             listen = asyncio.ensure_future(self._listen(call, address))
             try:
                 await asyncio.wait([listen, self._broken], return_when=asyncio.FIRST_COMPLETED)
@@ -227,12 +221,14 @@ class Link:
     async def _listen(self, call: Any, address: str) -> None:
         hello = Hello(
             protocol=self.protocol, software=self.software, features=self.features, site=self.site,
-            runs=list(self.runs),
+            runs=sorted({*self.runs, *(run for run, _ in self.desk.answered)}),
         )  # fmt: skip
-        with suppress(asyncio.InvalidStateError):  # it has ended; reading says why
-            await call.write(bytes(hello))
-        while (data := await call.read()) is not grpc.aio.EOF:
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it has ended; reading says why
+            await uncut(call.write(bytes(hello)))
+        while (data := await uncut(call.read())) is not grpc.aio.EOF:
             message = parse(data)
+            if isinstance(message, Away):
+                raise Refused(f"server {address} refuses site {self.site}: {message.reason}")
             if self._joined:
                 self._take(message)
             elif isinstance(message, Welcome):
@@ -245,12 +241,15 @@ class Link:
                 raise BadMessage(f"the server begins with {message.message!r}")
 
     async def _speak(self, call: Any, outbox: asyncio.Queue[Message]) -> None:
-        while True:
-            await call.write(bytes(await outbox.get()))
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it has ended; reading says why
+            while True:
+                await uncut(call.write(bytes(await outbox.get())))
 
     async def _beat(self, every: float) -> None:
         while True:
-            self._say(Beat(progress={run: self.handler.progress(run) for run in self.runs}))
+            self._say(
+                Beat(progress={run: self.handler.progress(run) + self._carrier.moved for run in self.runs})
+            )
             await asyncio.sleep(every)
 
     def _take(self, message: Message) -> None:
@@ -268,7 +267,7 @@ class Link:
                 for key, each in list(self.desk.answered.items())
                 if key[0] == message.run and each.version < message.version and key[1] not in message.flying
             )
-            self.handler.accepted(message.run, message.version, message.accepted, message.flying)
+            self._spawn(self._committed(message))
         elif isinstance(message, RunClosed):
             here = {*self.coming, *self.doing, *self.desk.answered}
             self._drop(message.run, [id for run, id in here if run == message.run])
@@ -278,6 +277,12 @@ class Link:
             raise BadMessage(f"a server may not say {message.message!r}")
 
     def _open(self, message: RunOpened) -> None:
+        async def ask() -> str:
+            try:
+                return await self.handler.opened(message)
+            except Exception as error:  # a run that cannot begin here is declined, the others go on
+                return f"{type(error).__name__}: {error}"
+
         async def report() -> None:
             reason = await asyncio.shield(answer)
             self._say(Declined(run=message.run, reason=line(reason)) if reason else Opened(run=message.run))
@@ -286,7 +291,7 @@ class Link:
         if known and known[0] == message.config_digest and not (known[1].done() and known[1].result()):
             answer = known[1]
         else:
-            answer = asyncio.ensure_future(self.handler.opened(message))
+            answer = asyncio.ensure_future(ask())
             self.runs[message.run] = (message.config_digest, answer)
         self._spawn(report())
 
@@ -308,11 +313,19 @@ class Link:
         if fresh:
             self._spawn(self._prepare(message.run, message.down, fresh))
 
+    async def _committed(self, message: Accepted) -> None:
+        if await self._takes_part(message.run):
+            self.handler.accepted(message.run, message.version, message.accepted, message.flying)
+
+    async def _takes_part(self, run: str) -> bool:
+        """Wait until the run is open here, or is not going to be."""
+        return run in self.runs and not await asyncio.shield(self.runs[run][1])
+
     async def _prepare(self, run: str, down: Blob, tasks: list[Task]) -> None:
         """Hand tasks over once the run is open and the model is here."""
         self.desk.need(down)
         try:
-            if run in self.runs and not await asyncio.shield(self.runs[run][1]):
+            if await self._takes_part(run):
                 await self.fetch(run, down)
                 ready = [task for task in tasks if (run, task.id) in self.coming]
                 for task in ready:
@@ -325,6 +338,7 @@ class Link:
                 raise
         except CoterieError as error:  # the disk is full, say
             for task in tasks:
+                self._done((run, task.id))
                 self._say(Failed(run=run, id=task.id, reason=line(f"site {self.site}: {error}")))
         finally:
             self.coming.difference_update((run, task.id) for task in tasks)
@@ -343,51 +357,14 @@ class Link:
             self.desk.rest(doing[1])
         return doing is not None
 
-    # Blobs
-
     async def fetch(self, run: str, blob: Blob) -> None:
         """Have a blob of a run here, sent once whoever asks. Raises AioRpcError, Corrupt, RunError."""
-
-        async def once() -> int:
-            want = Want(run=run, digest=blob.digest, start=self.blobs.held(blob.digest))
-            call = self._bulk.unary_stream(f"/{SERVICE}/Get")(bytes(want), metadata=self._who())
-
-            async def frames() -> AsyncIterator[bytes]:
-                async for frame in call:
-                    await self._down.spend(len(frame))
-                    yield frame
-
-            try:
-                return await transfer.receive(frames(), self.blobs, blob)
-            finally:
-                call.cancel()
-
-        lock = self._fetching.setdefault(blob.digest, asyncio.Lock())
-        async with lock:
-            if blob.digest not in self.blobs:
-                await self._insist(once, blob)
+        await self._carrier.fetch(self._bulk, run, blob)
 
     async def _deliver(self, message: Answered) -> None:
         """Bring an answer to the server: the blob first, then what it belongs to."""
-
-        async def once() -> int:
-            call = self._bulk.stream_stream(f"/{SERVICE}/Put")(metadata=self._who())
-            try:
-                with suppress(asyncio.InvalidStateError):  # the server has ended the call, and says why
-                    await call.write(bytes(Offer(run=message.run, id=message.id, up=message.up)))
-                    if (held := await _have(call)) == message.up.size:
-                        return held
-                    path = self.blobs.path(message.up.digest)
-                    async for frame in transfer.chunks(path, held, compress=self._compress):
-                        await self._up.spend(len(frame))
-                        await call.write(frame)
-                    await call.done_writing()
-                return await _have(call)
-            finally:
-                call.cancel()
-
         try:
-            await self._insist(once, message.up)
+            await self._carrier.bring(self._bulk, message, compress=self._compress)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise
@@ -395,32 +372,10 @@ class Link:
         else:
             self._say(message)
 
-    async def _insist(self, once: Callable[[], Coroutine[Any, Any, int]], blob: Blob) -> None:
-        """Transfer a blob in as many attempts as it takes, while each brings it further."""
-        furthest, left = 0, ATTEMPTS
-        async with self._slots:
-            while left:
-                try:
-                    held = await once()
-                except Corrupt:
-                    held = 0
-                if held == blob.size:
-                    return
-                furthest, left = (held, ATTEMPTS) if held > furthest else (furthest, left - 1)
-                self.tell("again", digest=blob.digest, held=held)
-        raise Corrupt(
-            f"blob {blob.digest[:12]} arrives damaged, {ATTEMPTS} times in a row, at byte {furthest}"
-        )
-
-    # What they have in common
-
     def _channel(self, address: str) -> grpc.aio.Channel:
         if self.credentials is None:
             return grpc.aio.insecure_channel(address, options(120))
         return grpc.aio.secure_channel(address, self.credentials(), options(120))
-
-    def _who(self) -> list[tuple[str, str]]:
-        return [("site", self.site)]  # believed only where there are no certificates
 
     def _say(self, message: Message) -> None:
         if self._outbox is not None:
@@ -437,15 +392,3 @@ class Link:
             self._broken.set_result(
                 f"{type(error).__name__}: {error}"
             )  # begin anew: all that is open comes again
-
-
-async def _have(call: Any) -> int:
-    """What the server says it holds. Raises the AioRpcError that it ended the call with."""
-    data = await call.read()
-    if data is grpc.aio.EOF:
-        code, details = await call.code(), await call.details()
-        raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
-    message = parse(data)
-    if not isinstance(message, Have):
-        raise BadMessage(f"{message.message!r} where Have should be")
-    return message.held

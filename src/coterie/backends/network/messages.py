@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -30,7 +30,8 @@ from coterie.core.errors import RunError
 from coterie.storage import Blob
 
 PROTOCOL = (1, 0)  # peers of one major version work together when their minors differ by at most one
-FRAME = (1 << 20) + 4096  # bytes of the largest message and of the largest chunk; gRPC refuses more
+FRAME = (1 << 20) + 4096  # bytes of the largest message, and chunk, that a server takes; gRPC refuses more
+LETTER = 16 << 20  # bytes of the largest message that a site takes: one may name many clients
 ROWS = 2000  # tasks in one Assign
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -85,11 +86,13 @@ class Said(BaseModel):
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants"
     )
 
+    limit: ClassVar[int] = FRAME
+
     def __bytes__(self) -> bytes:
-        """The message as it travels. Raises BadMessage when it is larger than a frame."""
+        """The message as it travels. Raises BadMessage when it is too large."""
         data = self.model_dump_json().encode()
-        if len(data) > FRAME:
-            raise BadMessage(f"a message of {len(data)} bytes; at most {FRAME} may travel")
+        if len(data) > self.limit:
+            raise BadMessage(f"a message of {len(data)} bytes; at most {self.limit} may travel")
         return data
 
 
@@ -114,15 +117,23 @@ class Welcome(Said):
     silence: Annotated[float, Field(gt=0, le=1e6)]
 
 
+class Away(Said):
+    """Server: you may not stay, for this reason."""
+
+    message: Literal["away"] = "away"
+    reason: Line
+
+
 class RunOpened(Said):
     """Server: a run that the site takes part in. signer: certificate (PEM) of who signed the config."""
 
+    limit: ClassVar[int] = LETTER
     message: Literal["run-opened"] = "run-opened"
     run: Name
     name: Line
     config: Page  # TOML
     config_digest: Line
-    clients: Annotated[list[Client], FailFast(), Field(max_length=100_000)] = []  # that are hosted here
+    clients: Annotated[list[Client], FailFast(), Field(max_length=500_000)] = []  # that are hosted here
     code: Named | None = None  # a package that the run needs
     signature: Line = ""
     signer: Page = ""
@@ -168,7 +179,7 @@ class Answered(Said):
     metrics: Annotated[dict[Line, Any64], Field(max_length=1000)] = {}
     samples: Id = 0
     answers: Annotated[
-        list[Annotated[tuple[Client, Id], FailFast()]], FailFast(), Field(max_length=100_000)
+        list[Annotated[tuple[Client, Id], FailFast()]], FailFast(), Field(max_length=500_000)
     ] = []
     signature: Line = ""
 
@@ -200,17 +211,18 @@ class Dropped(Said):
 
     message: Literal["dropped"] = "dropped"
     run: Name
-    ids: Annotated[list[Id], FailFast(), Field(max_length=100_000)]
+    ids: Annotated[list[Id], FailFast(), Field(max_length=500_000)]
 
 
 class Accepted(Said):
     """Server: a commit. accepted: the task that each client's memory is of, known since earlier or new."""
 
+    limit: ClassVar[int] = LETTER
     message: Literal["accepted"] = "accepted"
     run: Name
     version: Id
-    accepted: Annotated[dict[Client, Id], Field(max_length=100_000)]
-    flying: Annotated[list[Id], FailFast(), Field(max_length=100_000)]
+    accepted: Annotated[dict[Client, Id], Field(max_length=500_000)]
+    flying: Annotated[list[Id], FailFast(), Field(max_length=500_000)]
 
 
 class RunClosed(Said):
@@ -261,7 +273,7 @@ class Have(Said):
 
 
 Message = (
-    Hello | Welcome | RunOpened | Opened | Declined | Assign | Answered | Failed | Taken | Dropped
+    Hello | Welcome | Away | RunOpened | Opened | Declined | Assign | Answered | Failed | Taken | Dropped
     | Accepted | RunClosed | Beat | Rang | Want | Offer | Have
 )  # fmt: skip
 _MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="message")])
@@ -269,8 +281,8 @@ _MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discrimin
 
 def parse(data: bytes) -> Message:
     """The message that these bytes are. Raises BadMessage, which says what is wrong, and nothing else."""
-    if len(data) > FRAME:
-        raise BadMessage(f"a message of {len(data)} bytes; at most {FRAME} may travel")
+    if len(data) > LETTER:
+        raise BadMessage(f"a message of {len(data)} bytes; at most {LETTER} may travel")
     try:
         return _MESSAGES.validate_json(data)
     except ValidationError as error:

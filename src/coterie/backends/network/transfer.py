@@ -12,8 +12,10 @@ import hashlib
 import struct
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import zstandard
 
@@ -21,6 +23,7 @@ from coterie.backends.network.messages import BadMessage
 from coterie.core.types import Tree
 from coterie.storage import Blob, Blobs
 
+T = TypeVar("T")
 CHUNK = 1 << 20  # bytes
 _PLACE = struct.Struct(">BQI")  # compressed, offset, bytes before compression
 _HEAD = _PLACE.size + 32
@@ -64,24 +67,40 @@ def _digest(place: bytes | memoryview, body: bytes | memoryview) -> bytes:
     return known.digest()
 
 
+async def uncut(operation: Awaitable[T]) -> T:
+    """Wait for an operation of gRPC, which goes on when the waiting is cancelled.
+
+    Its asyncio frees the memory of an operation that is cancelled, to which the core then writes.
+    """
+    job = asyncio.ensure_future(operation)
+    job.add_done_callback(lambda job: job.cancelled() or job.exception())  # whether or not anybody waits
+    return await asyncio.shield(job)
+
+
+async def in_thread(work: Callable[..., T], *args: Any) -> T:
+    """Run in a thread, to the end even when cancelled: the next to work on the file must find it at rest."""
+    job = asyncio.ensure_future(asyncio.to_thread(work, *args))
+    try:
+        return await asyncio.shield(job)
+    except asyncio.CancelledError:
+        await asyncio.wait([job])
+        raise
+
+
 async def chunks(path: Path, start: int, *, compress: bool = False) -> AsyncIterator[bytes]:
-    """The frames of a file from a byte on; the next one is made while one travels."""
+    """The frames of a file from a byte on, each made while the last one travels."""
 
     def read(offset: int) -> bytes:
-        file.seek(offset)
-        data = file.read(CHUNK)
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(CHUNK)
         return packed(offset, data, compress=compress) if data else b""
 
-    with path.open("rb") as file:
+    ahead = asyncio.ensure_future(asyncio.to_thread(read, start))
+    while frame := await ahead:
+        start += CHUNK
         ahead = asyncio.ensure_future(asyncio.to_thread(read, start))
-        try:
-            while frame := await ahead:
-                start += CHUNK
-                ahead = asyncio.ensure_future(asyncio.to_thread(read, start))
-                yield frame
-        finally:
-            if not ahead.done():  # the file stays open until the thread has let go of it
-                await asyncio.wait([ahead])
+        yield frame
 
 
 async def receive(
@@ -100,7 +119,7 @@ async def receive(
         seen.update(data)
         return blobs.receive(blob.digest, offset, data)
 
-    held, seen = blobs.held(blob.digest), await asyncio.to_thread(blobs.begun, blob.digest)
+    held, seen = blobs.held(blob.digest), await in_thread(blobs.begun, blob.digest)
     ahead = asyncio.ensure_future(anext(frames, b""))  # one is kept while the next arrives
     try:
         while held < blob.size:
@@ -109,13 +128,15 @@ async def receive(
             if held + CHUNK < blob.size:
                 ahead = asyncio.ensure_future(anext(frames, b""))
             try:
-                held = await asyncio.to_thread(keep, frame)
+                held = await in_thread(keep, frame)
             except BadMessage:
+                await asyncio.wait([ahead])  # whoever reads on must not meet it
                 return held
     finally:
         ahead.cancel()
         await asyncio.gather(ahead, return_exceptions=True)
-    await asyncio.to_thread(blobs.finish, blob.digest, blob.size, found=seen.hexdigest(), into=into)
+    found = seen.hexdigest()
+    await in_thread(partial(blobs.finish, blob.digest, blob.size, found=found, into=into))
     return held
 
 

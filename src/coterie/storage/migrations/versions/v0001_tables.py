@@ -58,26 +58,3 @@ def upgrade() -> None:
         Column("expires", Float, nullable=False),
     )
     op.bulk_insert(lease, [{"id": 1, "epoch": 0, "holder": None, "expires": 0.0}])
-    op.create_table(
-        "tokens",
-        Column("hash", Text, primary_key=True),
-        Column("name", Text, nullable=False),
-        Column("role", Text, nullable=False),
-        Column("expires", Float, nullable=False),
-        Column("used", Float),
-    )
-    op.create_table(
-        "certificates",
-        Column("serial", Text, primary_key=True),
-        Column("name", Text, nullable=False),
-        Column("role", Text, nullable=False),
-        Column("expires", Float, nullable=False),
-        Column("revoked", Float),
-    )
-    op.create_table(
-        "sites",
-        Column("name", Text, primary_key=True),
-        Column("seen", Float, nullable=False),
-        Column("features", Text, nullable=False),
-        Column("ledger", Text),
-    )
