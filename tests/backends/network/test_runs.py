@@ -37,7 +37,10 @@ async def over_network(folder, algorithm=scaffold, rounds=4, tls=True, trouble=N
     """Run it on three sites behind a proxy each; `trouble(proxies)` goes on meanwhile."""
     made, schedule = parts(algorithm, rounds)
     async with AsyncExitStack() as stack:
-        hub, port = await stack.enter_async_context(serving(folder / "hub", tls=tls))
+        ended = {}  # as a database would know
+        hub, port = await stack.enter_async_context(
+            serving(folder / "hub", tls=tls, ended=lambda run: ended.get(run, ""))
+        )
         proxies = [await stack.enter_async_context(Proxy(port)) for _ in SITES]
         hub.open(opening(), HOSTS)
         links = [
@@ -51,6 +54,7 @@ async def over_network(folder, algorithm=scaffold, rounds=4, tls=True, trouble=N
         state = await asyncio.to_thread(play, hub, plan, "run-1", place_of)
         if job:
             job.cancel()
+        ended["run-1"] = "finished"
         hub.close("run-1", "finished")
         assert list(hub.blobs) == []
         for link in links:

@@ -62,6 +62,9 @@ class Carrier:
                 if (held := await _have(call)) == message.up.size:
                     return held
                 end = asyncio.ensure_future(_have(call))  # comes early when a chunk is damaged
+                end.add_done_callback(
+                    lambda end: end.cancelled() or end.exception()
+                )  # if nobody waits for it
                 async for frame in transfer.chunks(
                     self.blobs.path(message.up.digest), held, compress=compress
                 ):

@@ -58,6 +58,7 @@ class Seat:
     outbox: asyncio.Queue[Message] | None = None  # None: not connected
     end: asyncio.Future[str] | None = None  # set, with the reason, to close the connection
     progress: Mapping[str, int] = field(default_factory=dict)
+    attempt: tuple[str, int] = ("", 0)  # the process that is or was connected, and its how many-th
     tasks: int = 0  # that it was given and has not answered
     alarm: asyncio.TimerHandle | None = None
 
@@ -185,10 +186,25 @@ class Hub:
             if seat.identity is not None and seat.identity.serial == serial:
                 _end(seat, f"the certificate of site {name} (serial {serial}) is revoked")
 
-    def join(self, site: str, identity: Identity, features: frozenset[str], welcome: Message) -> Seat:
-        """A site is here; whoever was here in its name must go. Its outbox begins with the welcome."""
+    def join(
+        self,
+        site: str,
+        identity: Identity,
+        features: frozenset[str],
+        welcome: Message,
+        attempt: tuple[str, int] = ("", 0),
+    ) -> Seat | None:
+        """A site is here; whoever was here in its name must go. Its outbox begins with the welcome.
+
+        attempt: which process of the site, and its how many-th. None: a later one has joined already.
+        """
         seat = self.seat(site)
-        _end(seat, f"another process has joined as site {site}")
+        before, seat.attempt = seat.attempt, attempt
+        if seat.outbox is not None and before[0] == attempt[0] and before[1] > attempt[1]:
+            seat.attempt = before
+            return None
+        same = before[0] == attempt[0] != ""
+        _end(seat, "" if same else f"another process has joined as site {site}")
         seat.identity, seat.features, seat.progress = identity, features, {}
         seat.seen, seat.outbox, seat.end = self.loop.time(), asyncio.Queue(), self.loop.create_future()
         self._say(site, welcome)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -118,6 +119,7 @@ class Link:
         self._compress = False
         self._carrier = Carrier(blobs, site, rate, tell)
         self._stopped = asyncio.Event()
+        self._process, self._attempts = secrets.token_hex(8), itertools.count(1)
 
     async def run(self) -> None:
         """Stay connected until `stop`. Raises Refused."""
@@ -221,6 +223,7 @@ class Link:
     async def _listen(self, call: Any, address: str) -> None:
         hello = Hello(
             protocol=self.protocol, software=self.software, features=self.features, site=self.site,
+            process=self._process, attempt=next(self._attempts),
             runs=sorted({*self.runs, *(run for run, _ in self.desk.answered)}),
         )  # fmt: skip
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it has ended; reading says why

@@ -97,13 +97,15 @@ class Said(BaseModel):
 
 
 class Hello(Said):
-    """Site: who I am. runs: that are open here."""
+    """Site: who I am. process: a name of the process, any; attempt: of it to connect. runs: open here."""
 
     message: Literal["hello"] = "hello"
     protocol: Version
     software: Line
     features: Annotated[list[Line], FailFast(), Field(max_length=50)]
     site: Name
+    process: Annotated[str, Field(max_length=64)] = ""
+    attempt: Id = 0
     runs: Annotated[list[Name], FailFast(), Field(max_length=1000)] = []
 
 

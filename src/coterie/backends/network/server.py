@@ -131,7 +131,10 @@ class Server:
         welcome = Welcome(
             protocol=ours, software=self.software, features=sorted(both), silence=self.hub.silence
         )
-        seat = self.hub.join(site, identity, both, welcome)
+        seat = self.hub.join(site, identity, both, welcome, (hello.process, hello.attempt))
+        if seat is None:  # it broke on its way here, and the site has come again since
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "a later connection of this site is here")
+            raise AssertionError("abort raises")
         self.hub.brief(site, hello.runs)
         self.hub.tell("joined", site=site, peer=context.peer(), software=hello.software)
         outbox, end = seat.outbox, seat.end
