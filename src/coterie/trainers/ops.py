@@ -14,11 +14,14 @@ from torch.library import custom_op
 from coterie.core.native import call
 
 DIRECT: dict[Any, Callable[..., Any]] = {}  # operator -> the function itself, without torch's dispatcher
+KERNELS: dict[Callable[..., Any], bool] = {}  # functions that only call kernels; do these know strides?
 
 
-def _operator(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], *, strided: bool = False) -> Any:
+    """A decorator: the function becomes an operator of torch. strided: its tensors may have gaps."""
     made = custom_op(f"coterie::{function.__name__}", mutates_args=())(function)
     DIRECT[getattr(torch.ops.coterie, function.__name__).default] = function
+    KERNELS[function] = strided
     return made
 
 
@@ -51,6 +54,11 @@ def in_front(info: Any, in_dims: Sequence[int | None], given: Sequence[Any]) -> 
     return [front(each, dim, info.batch_size) for each, dim in zip(given, in_dims, strict=False)]
 
 
+def lined(x: Tensor) -> Tensor:
+    """x with the last dimension's elements side by side, copied if need be."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def check(name: str, *pairs: tuple[Sequence[int] | None, Sequence[int]]) -> None:
     """Raise RuntimeError, as torch would, where a shape is not the one it must be: a kernel trusts them."""
     for found, wanted in pairs:
@@ -62,7 +70,7 @@ def _shape(x: Tensor | None) -> Sequence[int] | None:
     return None if x is None else x.shape
 
 
-@_operator
+@kernel
 def linear_forward(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
     """x [C, B, in], w [C, out, in], b [C, out] -> x w^T + b [C, B, out], or its ReLU."""
     clients, _, width = x.shape
@@ -78,7 +86,7 @@ def _(x, w, b, relu):
     return x.new_empty(*x.shape[:2], w.shape[1])
 
 
-@_operator
+@kernel
 def linear_backward(
     dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +127,7 @@ def _back(
     return none if dx is None else dx, dw, none if db is None else db
 
 
-@_operator
+@kernel
 def cross_entropy_forward(z: Tensor, y: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     """z [..., classes], y [...] -> losses [...], softmax [..., classes]. IndexError for a y of no class."""
     check("cross_entropy", (y.shape, z.shape[:-1]))
@@ -137,7 +145,7 @@ def _(z, y, ignored):
     return z.new_empty(y.shape), z.new_empty(z.shape)
 
 
-@_operator
+@kernel
 def cross_entropy_backward(dl: Tensor, p: Tensor, y: Tensor, ignored: int) -> Tensor:
     """The gradient of z, from that of the losses."""
     check("cross_entropy", (dl.shape, p.shape[:-1]), (y.shape, p.shape[:-1]))
@@ -151,7 +159,7 @@ def _(dl, p, y, ignored):
     return p.new_empty(p.shape)
 
 
-@_operator
+@kernel
 def conv_pool_forward(
     x: Tensor, w: Tensor, b: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     kernel: Sequence[int], pool_stride: Sequence[int], relu: bool,
@@ -175,7 +183,7 @@ def _(x, w, b, stride, padding, kernel, pool_stride, relu):
     return y, torch.empty_like(y, dtype=torch.int32)
 
 
-@_operator
+@kernel
 def conv_pool_backward(
     dy: Tensor, at: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, stride: Sequence[int],
     padding: Sequence[int], kernel: Sequence[int], pool_stride: Sequence[int], relu: bool,
@@ -226,4 +234,4 @@ def _gradients(x, w, needs_x, bias):
     )
 
 
-KERNELS = {linear_step_, *DIRECT.values()}
+KERNELS[linear_step_] = False

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 log = logging.getLogger("coterie")
 MOST = 26  # arguments of a kernel, as in run.c
 CLOSE = 1e-4  # relative difference of a step from the graph's, which sums in another order
-CHECKED = ("cross_entropy_forward",)  # kernels that return how much is wrong
+CHECKED = ("cross_entropy_forward", "embedding_forward")  # kernels that return how much is wrong
 CONSTANT = {
     aten.ones_like.default,
     aten.zeros_like.default,
@@ -101,7 +101,7 @@ class Program:
                 self.moves.ctypes.data, len(slots), count, self.loss, losses[client],
             )  # fmt: skip
             if wrong:
-                raise IndexError(f"{wrong} targets are not among the classes")
+                raise IndexError(f"{wrong} inputs or targets are not among the classes")
         return losses
 
     def _fix(self, made: dict[Node, Any]) -> None:
@@ -170,14 +170,19 @@ def _translated(
     values: dict[Node, Any] = dict(zip(placed, (*leaves.values(), x, y, mask, seed), strict=True))
     still = {node: path for node, path in zip(placed, paths, strict=False) if path not in moving}
     fixed: list[tuple[Node, Tensor | None]] = []
+    constant: set[Node] = set()
 
     def evaluated(node: Node) -> Any:
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         inputs = node.all_input_nodes
+        if all(each in constant for each in inputs) and not (writes(node) or draws(node)):
+            constant.add(node)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.target in RULES and not all(each in still for each in inputs):
             return recorded(RULES[node.target], *args, **kwargs)
         if node.target in ops.KERNELS:
-            return recorded(node.target, *(recorded(_dense, each) for each in args))
+            strided = ops.KERNELS[node.target]
+            return recorded(node.target, *(recorded(_dense, each, strided) for each in args))
         if writes(node) or draws(node):
             raise Unsupported(str(node.target))
         view = node.target is operator.getitem or node.target is aten._unsafe_view.default or is_view(node)
@@ -186,7 +191,7 @@ def _translated(
             still[node] = ""
             made = made if view else made.clone()
             fixed.append((node, None if view else made))
-        elif not (view or not inputs or node.target in CONSTANT):
+        elif not (view or node.target in CONSTANT):
             raise Unsupported(str(node.target))
         return made
 
@@ -244,9 +249,9 @@ NAMES = "ADD SUBTRACT MULTIPLY DIVIDE ADD_PRODUCT ADD_TO WHERE_POSITIVE COPY NEG
 WHAT = {name: number for number, name in enumerate(NAMES.split())}
 
 
-def _dense(x: Any) -> Any:
-    """A tensor without gaps, as kernels want it."""
-    if not isinstance(x, Tensor) or x.is_contiguous():
+def _dense(x: Any, strided: bool) -> Any:
+    """A tensor without gaps, as kernels want it, or at least without gaps in its rows."""
+    if not isinstance(x, Tensor) or x.is_contiguous() or (strided and ops.lined(x) is x):
         return x
     return _elementwise("COPY", x, x, torch.empty(x.shape, dtype=x.dtype))
 
@@ -281,6 +286,42 @@ def _sum(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
     return whole if keepdim else whole.squeeze(dims)
 
 
+def _mean(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
+    whole = _sum(x, dims, keepdim)
+    return _pair("DIVIDE")(whole, x.numel() // whole.numel())
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat: parts that lie side by side in one piece of memory already are joined by nobody."""
+    dim, first, at = dim % parts[0].dim(), parts[0], 0
+    size = [*first.shape[:dim], sum(each.shape[dim] for each in parts), *first.shape[dim + 1 :]]
+    here = first.storage_offset()
+    for part in parts:
+        beside = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not beside or part.stride() != first.stride() or part.storage_offset() != here:
+            break
+        here += part.shape[dim] * part.stride(dim)
+    else:
+        return first.as_strided(size, first.stride(), first.storage_offset())
+    whole = torch.empty(size)
+    for part in parts:
+        _elementwise("COPY", part, part, whole.narrow(dim, at, part.shape[dim]))
+        at += part.shape[dim]
+    return whole
+
+
+def _within(view: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The gradient of a view: zeros but there."""
+
+    def rule(slope: Tensor, size: Sequence[int], *args: int) -> Tensor:
+        whole, zero = torch.empty(size), torch.zeros(())
+        _elementwise("COPY", zero, zero, whole)
+        _elementwise("COPY", slope, slope, view(whole, *args))
+        return whole
+
+    return rule
+
+
 def _threshold(slope: Tensor, x: Tensor, threshold: float) -> Tensor:
     if threshold:
         raise Unsupported
@@ -298,6 +339,12 @@ RULES: dict[Any, Callable[..., Tensor]] = {
     aten._to_copy.default: _alone("COPY"),
     aten.threshold_backward.default: _threshold,
     aten.sum.dim_IntList: _sum,
+    aten.mean.dim: _mean,
+    aten.mul.Scalar: _pair("MULTIPLY"),
+    aten.div.Scalar: _pair("DIVIDE"),
+    aten.cat.default: _joined,
+    aten.select_backward.default: _within(torch.select),
+    aten.slice_backward.default: _within(aten.slice.Tensor),
     aten.add_.Tensor: lambda held, update: _elementwise("ADD", held, update, held),
     aten.addcmul_.default: lambda held, x, y: _elementwise("ADD_PRODUCT", x, y, held),
 }
