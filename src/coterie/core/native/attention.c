@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "tile.h"
+#include "transpose.h"
 
 #define HELD (4 * TILE) /* queries whose scores are held at once on the way back */
 
@@ -39,6 +40,12 @@ static void wide(int64_t rows, int64_t depth, const float *x, int64_t x_i, int64
                 start ? step : 0, out + j, step);
 }
 
+/* Ask for memory that the next head will need. */
+static void fetch(const float *from, int64_t step, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; i++, from += step)
+        for (int64_t j = 0; j < columns; j += 16) __builtin_prefetch(from + j);
+}
+
 /* How many keys a query sees. */
 INLINE int64_t seen(int64_t query, int64_t keys, int64_t causal) {
     return causal ? least(query + 1, keys) : keys;
@@ -56,6 +63,11 @@ void attention_forward(const float *q, const float *k, const float *v, const flo
     for (int64_t c = 0; c < the->clients; c++)
     for (int64_t b = 0; b < the->batch; b++)
     for (int64_t h = 0; h < the->heads; h++) {
+        if (h + 1 < the->heads) {
+            fetch(q + at(the->q, c, b, h + 1), the->q[3], the->queries, depth);
+            fetch(k + at(the->k, c, b, h + 1), the->k[3], keys, depth);
+            fetch(v + at(the->v, c, b, h + 1), the->v[3], keys, the->values);
+        }
         transpose(k + at(the->k, c, b, h), the->k[3], keys, depth, turned, wide_keys);
         pack(v + at(the->v, c, b, h), the->v[3], keys, the->values, 1, packed);
         for (int64_t i = 0; i < the->queries; i += TILE) {
@@ -104,6 +116,13 @@ void attention_backward(const float *dout, const float *q, const float *k, const
     for (int64_t c = 0; c < the->clients; c++)
     for (int64_t b = 0; b < the->batch; b++)
     for (int64_t h = 0; h < the->heads; h++, logs += the->queries) {
+        if (h + 1 < the->heads) {
+            fetch(q + at(the->q, c, b, h + 1), the->q[3], the->queries, the->depth);
+            fetch(k + at(the->k, c, b, h + 1), the->k[3], keys, the->depth);
+            fetch(v + at(the->v, c, b, h + 1), the->v[3], keys, the->values);
+            fetch(dout + at(the->dout, c, b, h + 1), the->dout[3], the->queries, the->values);
+            fetch(out + at(the->out, c, b, h + 1), the->out[3], the->queries, the->values);
+        }
         transpose(k + at(the->k, c, b, h), the->k[3], keys, the->depth, turned_k, wide_keys);
         transpose(v + at(the->v, c, b, h), the->v[3], keys, the->values, turned_v, wide_keys);
         pack(k + at(the->k, c, b, h), the->k[3], keys, the->depth, 1, packed);

@@ -5,6 +5,7 @@
    done in registers; what stands beyond the last column, and what comes of it, nobody looks at. `scratch` has
    6 * S * (P + rows + 80) floats, where P is `size` rounded up to 32, and S is P + `in` rounded up to 32. */
 #include "tile.h"
+#include "transpose.h"
 
 #define WIDE (2 * VL) /* hidden units in a panel */
 #define HELD 80 /* rows whose share of the gradient of the weights is summed up at once */
@@ -14,8 +15,7 @@ typedef uint32_t bits __attribute__((vector_size(4 * VL)));
 /* e^x - 1 within about 1 ulp: 2^k (e^r - 1) + (2^k - 1), |r| <= ln(2) / 2, e^r by its polynomial of degree 6
  * (Chebyshev). x is kept within +-88, where a sigmoid has long been 0 or 1; NaN stays NaN. */
 INLINE vec exp_less_1(vec x) {
-    x = either(x < -88, splat(-88), x);
-    x = either(x > 88, splat(88), x);
+    x = greater(splat(-88), lesser(splat(88), x));
     vec shifted = x * 0x1.715476p+0f + 0x1.8p+23f; /* k is in the low bits of its fraction */
     vec k = shifted - 0x1.8p+23f, r = x - k * 0x1.63p-1f + k * 0x1.bd0106p-13f; /* ln(2) in two parts */
     vec scale = (vec)(((bits)shifted << 23) + 0x3f800000u);

@@ -1,4 +1,4 @@
-/* Small matrix products in registers, and transposes. */
+/* Small matrix products in registers. */
 #pragma once
 #include "vec.h"
 
@@ -40,41 +40,4 @@ static void product(int64_t rows, int vecs, int64_t depth, const float *x, int64
         }
         rows -= high, x += high * x_i, start += high * start_i, out += high * out_i;
     }
-}
-
-/* to[j, i] = from[i, j] of one square, or less at the edges. */
-#ifdef __AVX512F__
-INLINE void transpose_square(const float *from, int64_t from_i, int rows, int columns, float *to, int64_t to_j) {
-    __m512 held[VL];
-    UNROLL for (int i = 0; i < VL; i++)
-        held[i] = i < rows ? (__m512)load_some(from + i * from_i, columns) : _mm512_setzero_ps();
-    UNROLL for (int half = VL / 2; half; half /= 2) { /* swap squares of that size across the diagonal */
-        ivec low, high;
-        UNROLL for (int l = 0; l < VL; l++) {
-            low[l] = l & half ? VL + l - half : l;
-            high[l] = l & half ? VL + l : l + half;
-        }
-        UNROLL for (int i = 0; i < VL; i++)
-            if (!(i & half)) {
-                __m512 above = held[i], below = held[i + half];
-                held[i] = _mm512_permutex2var_ps(above, (__m512i)low, below);
-                held[i + half] = _mm512_permutex2var_ps(above, (__m512i)high, below);
-            }
-    }
-    UNROLL for (int j = 0; j < VL; j++)
-        if (j < columns) store_some(to + j * to_j, (vec)held[j], rows);
-}
-#else
-INLINE void transpose_square(const float *from, int64_t from_i, int rows, int columns, float *to, int64_t to_j) {
-    for (int j = 0; j < columns; j++)
-        for (int i = 0; i < rows; i++) to[j * to_j + i] = from[i * from_i + j];
-}
-#endif
-
-/* to[j, i] = from[i, j] */
-static void transpose(const float *from, int64_t from_i, int64_t rows, int64_t columns, float *to, int64_t to_j) {
-    for (int64_t i = 0; i < rows; i += VL)
-        for (int64_t j = 0; j < columns; j += VL)
-            transpose_square(from + i * from_i + j, from_i, (int)(rows - i < VL ? rows - i : VL),
-                             (int)(columns - j < VL ? columns - j : VL), to + j * to_j + i, to_j);
 }
