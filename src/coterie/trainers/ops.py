@@ -136,8 +136,8 @@ def linear_step_(
 
 
 def _back(
-    dy: Tensor, x: Tensor, w: Tensor, dw: Tensor, factor: Tensor | None, needs_x: bool, bias: bool, relu: bool,
-    slope: Tensor | None,
+    dy: Tensor, x: Tensor, w: Tensor, dw: Tensor, factor: Tensor | None, needs_x: bool, bias: bool,
+    relu: bool, slope: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     clients, rows, width = x.shape
     check(

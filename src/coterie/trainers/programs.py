@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.core import native
 from coterie.trainers import ops
@@ -27,6 +28,7 @@ from coterie.trainers.graphs import draws, is_view, writes
 aten = torch.ops.aten
 log = logging.getLogger("coterie")
 MOST = 26  # arguments of a kernel, as in run.c
+LINE = 64  # bytes of a cache's line
 CLOSE = 1e-4  # relative difference of a step from the graph's, which sums in another order
 CHECKED = ("cross_entropy_forward", "embedding_forward")  # kernels that return how much is wrong
 CONSTANT = {
@@ -195,40 +197,93 @@ def _translated(
             raise Unsupported(str(node.target))
         return made
 
-    for node in nodes:
-        if node.op == "call_function":
-            values[node] = evaluated(node)
+    with _Empties() as empties:
+        for node in nodes:
+            if node.op == "call_function":
+                values[node] = evaluated(node)
+            elif node.op == "get_attr":
+                values[node] = getattr(graph, str(node.target))
+                constant.add(node)
     (output,) = (node for node in nodes if node.op == "output")
-    own = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
     for path, node in zip(moving, output.args[0], strict=True):
-        made = values[node]
-        if made.data_ptr() == leaves[path].data_ptr():
-            continue
-        if made.untyped_storage().data_ptr() in own:
-            raise Unsupported("a leaf that becomes another")
-        recorded(_elementwise, "COPY", made, made, leaves[path])
+        if values[node].data_ptr() != leaves[path].data_ptr():
+            recorded(_replaced, values[node], leaves, path)
+    room, places = _packed(calls, empties.made)
+    kept = [arg for _, args in calls for arg in args if isinstance(arg, Tensor) and _base(arg) not in places]
     return Program(
-        _encoded(calls, slots),
+        _encoded(calls, slots, places),
         paths,
         np.array([0] * (len(paths) + 2) + [index.nbytes, mask.nbytes], dtype=np.int64),
         paths.index(loss),
         {each: still[each] for node, _ in fixed for each in node.all_input_nodes if each.op == "placeholder"},
         fixed,
-        [calls, values],
+        [room, kept],
     )
 
 
-def _encoded(calls: Sequence[Said], slots: Sequence[Tensor]) -> NDArray[np.int64]:
-    where = {each.untyped_storage().data_ptr(): number for number, each in enumerate(slots)}
+def _replaced(made: Tensor, leaves: Mapping[str, Tensor], path: str) -> None:
+    if any(_base(made) == _base(leaf) for leaf in leaves.values()):
+        raise Unsupported("a leaf that becomes another")
+    _elementwise("COPY", made, made, leaves[path])
+
+
+def _base(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+class _Empties(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what is made empty, by its memory: a kernel of the step writes there before one reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: dict[int, Tensor] = {}  # held, so that nothing else comes to lie there
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty):
+            self.made[_base(made)] = made
+        return made
+
+
+def _packed(calls: Sequence[Said], empties: Collection[int]) -> tuple[Tensor, dict[int, int]]:
+    """One piece of memory for all that is not needed at the same time, so that it stays in a near cache.
+
+    empties: where what may move lies now. Returns the memory, and the new address of each.
+    """
+    spans: dict[int, tuple[int, int, int]] = {}  # size, first and last call
+    for number, (_, args) in enumerate(calls):
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.numel() and _base(arg) in empties:
+                size = -(-arg.untyped_storage().nbytes() // LINE) * LINE
+                _, first, _ = spans.get(_base(arg), (0, number, 0))
+                spans[_base(arg)] = size, first, number
+    placed: list[tuple[int, int, int, int]] = []  # start and end in the memory, first and last call
+    places: dict[int, int] = {}
+    for old, (size, first, last) in sorted(spans.items(), key=lambda span: -span[1][0]):
+        start = 0
+        for low, high, begin, end in sorted(placed):
+            if begin <= last and first <= end and low < start + size:
+                start = max(start, high)
+        places[old] = start
+        placed.append((start, start + size, first, last))
+    room = torch.zeros(max((each[1] for each in placed), default=0) + LINE, dtype=torch.uint8)
+    base = -(-room.data_ptr() // LINE) * LINE
+    return room, {old: base + start for old, start in places.items()}
+
+
+def _encoded(calls: Sequence[Said], slots: Sequence[Tensor], places: Mapping[int, int]) -> NDArray[np.int64]:
+    where = {_base(each): number for number, each in enumerate(slots)}
     made = np.zeros((len(calls), 2 + 2 * MOST), dtype=np.int64)
     made[:, 2 : 2 + MOST] = -1
     for row, (name, args) in zip(made, calls, strict=True):
         row[:2] = native.address(name), name in CHECKED
         for place, arg in enumerate(args, 2):
             if isinstance(arg, Tensor) and arg.numel():
-                base = arg.untyped_storage().data_ptr()
+                base = _base(arg)
                 row[place] = where.get(base, -1)
-                row[place + MOST] = arg.data_ptr() - (base if base in where else 0)
+                row[place + MOST] = (
+                    arg.data_ptr() - (base if base in where else 0) + places.get(base, base) - base
+                )
             elif isinstance(arg, int):
                 row[place + MOST] = arg
     return made
@@ -297,7 +352,7 @@ def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     size = [*first.shape[:dim], sum(each.shape[dim] for each in parts), *first.shape[dim + 1 :]]
     here = first.storage_offset()
     for part in parts:
-        beside = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        beside = _base(part) == _base(first)
         if not beside or part.stride() != first.stride() or part.storage_offset() != here:
             break
         here += part.shape[dim] * part.stride(dim)

@@ -5,7 +5,7 @@ attention is written out in operations that vmap knows, and the others are left 
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-# ruff: noqa: ARG001, D102
+# ruff: noqa: ARG001, ARG004
 from __future__ import annotations
 
 import math
@@ -72,8 +72,8 @@ def attention(
 ) -> Any:
     """softmax(Q K^T scale + mask) V of [B, (heads,) T, d]."""
     if query.dim() == 3 and attn_mask is None:
-        alone = (each.unsqueeze(1) for each in (query, key, value))
-        made = attention(layers, *alone, None, dropout_p, is_causal, scale, enable_gqa)
+        q, k, v = (each.unsqueeze(1) for each in (query, key, value))
+        made = attention(layers, q, k, v, None, dropout_p, is_causal, scale, enable_gqa)
         return made if made is NotImplemented else made.squeeze(1)
     if dropout_p or enable_gqa or (is_causal and attn_mask is not None):
         return NotImplemented
@@ -161,7 +161,7 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def weights_of(query: Tensor, key: Tensor, mask: Any, causal: bool, scale: float) -> Tensor:
     """What attention weighs values with [B, heads, T, keys]: 0 for a query that may see none."""
-    scores = query @ key.mT * scale
+    scores: Tensor = query @ key.mT * scale
     if causal:
         ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(ahead, -math.inf)
@@ -284,7 +284,8 @@ def attention_forward(
     scores' sums [C, B, heads, T].
     """
     _check_attention(q, k, v, mask)
-    q, k, v, mask = (None if each is None else ops.lined(each) for each in (q, k, v, mask))
+    q, k, v = map(ops.lined, (q, k, v))
+    mask = None if mask is None else ops.lined(mask)
     out = _mixed(q, v)
     logs, layout = q.new_empty(q.shape[:4]), _layout(q, k, v, out, mask)
     rest = q.new_tensor([scale]), q.new_empty(call("attention_scratch", layout)), causal, layout
@@ -307,9 +308,8 @@ def attention_backward(
     ops.check(
         "attention", (dout.shape, _mixed(q, v).shape), (out.shape, dout.shape), (logs.shape, q.shape[:4])
     )
-    dout, q, k, v, mask, out = (
-        None if each is None else ops.lined(each) for each in (dout, q, k, v, mask, out)
-    )
+    dout, q, k, v, out = map(ops.lined, (dout, q, k, v, out))
+    mask = None if mask is None else ops.lined(mask)
     made = q.new_empty(len(q), sum(each[0].numel() for each in (q, k, v)))
     grads = apart(made, q.shape, k.shape, v.shape)
     layout = _layout(q, k, v, out, mask, dout, *grads)
@@ -464,7 +464,7 @@ class _Gelu(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(output[1], inputs[0])
 
     @staticmethod
     def backward(ctx, dy, _):
@@ -477,12 +477,14 @@ class _Gelu(Function):
 
 @ops.last("GELU")
 class _GeluBack(Function):
+    """dy, the slope and x, on which it depends -> dx."""
+
     @staticmethod
-    def forward(dy, slope):
+    def forward(dy, slope, x):
         return dy * slope
 
     @staticmethod
-    def vmap(info, in_dims, dy, slope):
+    def vmap(info, in_dims, dy, slope, x):
         dy, slope = ops.in_front(info, in_dims, (dy, slope))
         return dy * slope, 0
 

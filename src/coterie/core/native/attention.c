@@ -40,10 +40,23 @@ static void wide(int64_t rows, int64_t depth, const float *x, int64_t x_i, int64
                 start ? step : 0, out + j, step);
 }
 
-/* Ask for memory that the next head will need. */
-static void fetch(const float *from, int64_t step, int64_t rows, int64_t columns) {
-    for (int64_t i = 0; i < rows; i++, from += step)
+/* Ask for `rows` positions from i on, of which there are `all`, of the head after this one. */
+INLINE void fetch(const float *x, const int64_t *steps, const Layout *the, int64_t c, int64_t b, int64_t h, int64_t i,
+                  int64_t rows, int64_t all, int64_t columns) {
+    if (++h == the->heads) h = 0, b++;
+    if (b == the->batch) return;
+    const float *from = x + at(steps, c, b, h) + i * steps[3];
+    for (; rows > 0 && i < all; rows--, i++, from += steps[3])
         for (int64_t j = 0; j < columns; j += 16) __builtin_prefetch(from + j);
+}
+
+/* A vector of a query's scores from key j on: the mask added, and nothing seen from the n-th key on. */
+INLINE vec counted(const float *scores, const float *more, int64_t j, int64_t n) {
+    ivec lanes;
+    UNROLL for (int l = 0; l < VL; l++) lanes[l] = l;
+    vec made = load(scores + j);
+    if (more && j < n) made += load_some(more + j, (int)least(n - j, VL));
+    return j + VL <= n ? made : either(lanes < (int)(n - j), made, splat(-INFINITY));
 }
 
 /* How many keys a query sees. */
@@ -63,36 +76,36 @@ void attention_forward(const float *q, const float *k, const float *v, const flo
     for (int64_t c = 0; c < the->clients; c++)
     for (int64_t b = 0; b < the->batch; b++)
     for (int64_t h = 0; h < the->heads; h++) {
-        if (h + 1 < the->heads) {
-            fetch(q + at(the->q, c, b, h + 1), the->q[3], the->queries, depth);
-            fetch(k + at(the->k, c, b, h + 1), the->k[3], keys, depth);
-            fetch(v + at(the->v, c, b, h + 1), the->v[3], keys, the->values);
-        }
         transpose(k + at(the->k, c, b, h), the->k[3], keys, depth, turned, wide_keys);
         pack(v + at(the->v, c, b, h), the->v[3], keys, the->values, 1, packed);
         for (int64_t i = 0; i < the->queries; i += TILE) {
             int64_t rows = least(TILE, the->queries - i), last = seen(i + rows - 1, keys, causal);
             pack(q + at(the->q, c, b, h) + i * the->q[3], the->q[3], rows, depth, *scale, scaled);
             wide(rows, depth, scaled, padded(depth), 1, turned, wide_keys, 0, scores, wide_keys, last);
+            fetch(q, the->q, the, c, b, h, i, rows, the->queries, depth);
+            fetch(k, the->k, the, c, b, h, i, rows, keys, depth);
+            fetch(v, the->v, the, c, b, h, i, rows, keys, the->values);
             for (int64_t r = 0; r < rows; r++) {
                 float *mine = scores + r * wide_keys, most = -INFINITY;
-                int64_t n = seen(i + r, keys, causal), j;
                 const float *more = mask ? mask + at(the->mask, c, b, h) + (i + r) * the->mask[3] : 0;
-                if (more) for (j = 0; j < n; j++) mine[j] += more[j];
-                for (j = n; j < padded(last); j++) mine[j] = -INFINITY;
+                int64_t n = seen(i + r, keys, causal), j;
                 vec top = splat(-INFINITY), sums = {0};
-                for (j = 0; j < n; j += VL) top = either(load(mine + j) <= top, top, load(mine + j));
-                for (int l = 0; l < VL; l++) most = top[l] <= most ? most : top[l]; /* NaN is not lost */
-                for (j = 0; most != -INFINITY && j < n; j += VL) {
-                    vec each = load(mine + j), e = expv(each - most);
-                    e = either(each == -INFINITY, (vec){0}, e);
+                for (j = 0; j < padded(last); j += VL) {
+                    vec each = counted(mine, more, j, n);
+                    store(mine + j, each);
+                    top = greater(each, top);
+                }
+                for (int l = 0; l < VL; l++) most = top[l] > most ? top[l] : most;
+                float base = most == -INFINITY ? 0 : most;
+                for (j = 0; j < padded(last); j += VL) {
+                    vec e = expv(load(mine + j) - base);
                     sums += e;
                     store(mine + j, e);
                 }
-                float total = most != -INFINITY ? sum(sums) : 1;
-                for (; j < padded(last); j++) mine[j] = 0;
-                logs[r] = most != -INFINITY ? most + logf(total) : INFINITY;
-                mixed[TILE * values + r] = 1 / total;
+                float total = sum(sums);
+                int blind = most == -INFINITY && total == total; /* NaN is not hidden */
+                logs[r] = blind ? INFINITY : base + logf(total);
+                mixed[TILE * values + r] = blind ? 0 : 1 / total;
             }
             logs += rows;
             wide(rows, last, scores, wide_keys, 1, packed, values, 0, mixed, values, values);
@@ -116,13 +129,6 @@ void attention_backward(const float *dout, const float *q, const float *k, const
     for (int64_t c = 0; c < the->clients; c++)
     for (int64_t b = 0; b < the->batch; b++)
     for (int64_t h = 0; h < the->heads; h++, logs += the->queries) {
-        if (h + 1 < the->heads) {
-            fetch(q + at(the->q, c, b, h + 1), the->q[3], the->queries, the->depth);
-            fetch(k + at(the->k, c, b, h + 1), the->k[3], keys, the->depth);
-            fetch(v + at(the->v, c, b, h + 1), the->v[3], keys, the->values);
-            fetch(dout + at(the->dout, c, b, h + 1), the->dout[3], the->queries, the->values);
-            fetch(out + at(the->out, c, b, h + 1), the->out[3], the->queries, the->values);
-        }
         transpose(k + at(the->k, c, b, h), the->k[3], keys, the->depth, turned_k, wide_keys);
         transpose(v + at(the->v, c, b, h), the->v[3], keys, the->values, turned_v, wide_keys);
         pack(k + at(the->k, c, b, h), the->k[3], keys, the->depth, 1, packed);
@@ -137,6 +143,11 @@ void attention_backward(const float *dout, const float *q, const float *k, const
                      wide_keys, last);
                 wide(rows, the->values, slopes + i * values, values, 1, turned_v, wide_keys, 0,
                      ds + i * wide_keys, wide_keys, last);
+                fetch(q, the->q, the, c, b, h, top + i, rows, the->queries, the->depth);
+                fetch(k, the->k, the, c, b, h, top + i, rows, keys, the->depth);
+                fetch(v, the->v, the, c, b, h, top + i, rows, keys, the->values);
+                fetch(out, the->out, the, c, b, h, top + i, rows, the->queries, the->values);
+                fetch(dout, the->dout, the, c, b, h, top + i, rows, the->queries, the->values);
                 for (int64_t r = i; r < i + rows; r++) {
                     int64_t n = seen(top + r, keys, causal), j;
                     float *mine = p + r * wide_keys, *to = ds + r * wide_keys;
@@ -146,11 +157,8 @@ void attention_backward(const float *dout, const float *q, const float *k, const
                     for (j = 0; j < the->values; j += VL)
                         both += load(slopes + r * values + j) * load_some(of + j, (int)least(the->values - j, VL));
                     float mean = sum(both);
-                    if (more) for (j = 0; j < n; j++) mine[j] += more[j];
-                    for (j = n; j < padded(last); j++) mine[j] = -INFINITY;
                     for (j = 0; j < padded(last); j += VL) {
-                        vec each = load(mine + j), e = expv(each - logs[top + r]);
-                        e = either(each == -INFINITY, (vec){0}, e);
+                        vec e = expv(counted(mine, more, j, n) - logs[top + r]);
                         store(mine + j, e);
                         store(to + j, e * (load(to + j) - mean));
                     }
