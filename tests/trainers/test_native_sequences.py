@@ -23,6 +23,13 @@ def normal(*shape, seed=0):
     return torch.from_numpy(rng(derive(5, "sequences", seed, *shape)).normal(size=shape)).float()
 
 
+@pytest.fixture(params=["native", "torch"])
+def way(request, monkeypatch):
+    """Both ways to do it."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "fits", lambda *tensors: False)
+
+
 def agree(function, *given, inputs=(), tolerance=2e-5):
     """The function in Layers, over clients at once, against plain float64 torch for each; and its gradients.
 
@@ -53,7 +60,7 @@ def agree(function, *given, inputs=(), tolerance=2e-5):
 
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (10, 80)])
 @pytest.mark.parametrize("size", [1, 8, 33])
-def test_embedding(shape, size):
+def test_embedding(way, shape, size):
     numbers = torch.arange(CLIENTS * math.prod(shape)).view(CLIENTS, *shape) ** 2 % 7  # with repetitions
     assert "embedding" in agree(lambda w, x: F.embedding(x, w), normal(CLIENTS, 7, size), inputs=[numbers])
     shared = torch.arange(5)
@@ -118,7 +125,7 @@ def heads_of(batch, heads, queries, keys, depth):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_attention(sizes, causal):
+def test_attention(way, sizes, causal):
     def attend(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
@@ -126,7 +133,7 @@ def test_attention(sizes, causal):
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
-def test_attention_with_masks_and_queries_that_may_see_nothing(kind):
+def test_attention_with_masks_and_queries_that_may_see_nothing(way, kind):
     batch, heads, queries, keys, _ = sizes = (2, 3, 21, 18, 5)
     hidden = normal(CLIENTS, batch, 1, queries, keys, seed=9) > 0
     hidden[:, 0, 0, 4], hidden[:, 1, 0, 20] = True, True
@@ -169,7 +176,7 @@ def attend_to(layer):
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_multi_head_attention(batch_first, bias):
+def test_multi_head_attention(way, batch_first, bias):
     layer = nn.MultiheadAttention(12, 3, bias=bias, batch_first=batch_first)
     weights = [normal(CLIENTS, *each.shape, seed=i) / 4 for i, each in enumerate(layer.parameters())]
     forward, x = attend_to(layer), normal(CLIENTS, 5, 7, 12)
