@@ -12,7 +12,7 @@ from coterie.algorithms import Local, fedavg
 from coterie.core import Task, derive, native, rng, trees
 from coterie.data import ClientData
 from coterie.models import char_gru, transformer
-from coterie.trainers import Loop, Problem, Vectorised, ops, sequences
+from coterie.trainers import Loop, Problem, Vectorised, attention, ops, sequences
 from coterie.trainers.layers import Layers
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler, so no kernels")
@@ -144,7 +144,7 @@ def test_attention_with_masks_and_queries_that_may_see_nothing(way, kind):
 
     given = heads_of(*sizes)
     agree(attend, *given, inputs=[~hidden if kind == "bool" else added])
-    made, _ = sequences.attention_forward(*given, added.expand(-1, -1, heads, -1, -1), False, 0.7)
+    made, _ = attention.attention_forward(*given, added.expand(-1, -1, heads, -1, -1), False, 0.7)
     assert (made[:, 0, :, 4] == 0).all()
 
 
@@ -161,7 +161,7 @@ def test_attention_of_a_mask_that_learns_and_of_other_shapes_is_written_out():
 def test_what_is_not_a_number_stays_so_in_attention():
     q, k, v = heads_of(1, 1, 5, 5, 4)
     q[0, 0, 0, 3, 1] = math.nan
-    made, _ = sequences.attention_forward(q, k, v, None, False, 0.5)
+    made, _ = attention.attention_forward(q, k, v, None, False, 0.5)
     assert made.isnan().any(-1).nonzero().tolist() == [[0, 0, 0, 3]]
 
 
@@ -240,10 +240,10 @@ def test_second_derivatives_are_refused(function, request):
         lambda: sequences.embedding_backward(normal(2, 4, 4), torch.zeros(2, 3).long(), 5),
         lambda: sequences.layer_norm_forward(normal(2, 3, 4), normal(2, 5), None, 1e-5),
         lambda: sequences.layer_norm_backward(normal(2, 3, 5), normal(2, 3, 4), normal(2, 3, 2), None, False),
-        lambda: sequences.attention_forward(
+        lambda: attention.attention_forward(
             normal(1, 1, 1, 3, 4), normal(1, 1, 1, 3, 5), normal(1, 1, 1, 3, 4), None, False, 1.0
         ),
-        lambda: sequences.attention_forward(
+        lambda: attention.attention_forward(
             normal(1, 1, 1, 3, 4),
             normal(1, 1, 1, 3, 4),
             normal(1, 1, 1, 3, 4),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from coterie.core import native
-from coterie.trainers import ops, sequences
+from coterie.trainers import attention, ops, sequences
 from coterie.trainers.recurrent import Gru
 
 WIDE = 24  # input channels from which clients' convolutions are done one after the other
@@ -258,8 +258,8 @@ TABLE: Table = {
     F.embedding: sequences.embedding,
     F.layer_norm: sequences.layer_norm,
     F.gelu: sequences.gelu,
-    F.scaled_dot_product_attention: sequences.attention,
-    F.multi_head_attention_forward: sequences.multi_head_attention,
+    F.scaled_dot_product_attention: attention.attention,
+    F.multi_head_attention_forward: attention.multi_head_attention,
     F.dropout: dropout,
     F.batch_norm: batch_norm,
     F.group_norm: group_norm,

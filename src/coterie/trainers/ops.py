@@ -55,6 +55,11 @@ def in_front(info: Any, in_dims: Sequence[int | None], given: Sequence[Any]) -> 
     return [front(each, dim, info.batch_size) for each, dim in zip(given, in_dims, strict=False)]
 
 
+def one(*given: Any) -> list[Any]:
+    """One client's tensors, as the kernels take them."""
+    return [each.unsqueeze(0) if isinstance(each, Tensor) else each for each in given]
+
+
 def lined(x: Tensor) -> Tensor:
     """x with the last dimension's elements side by side, copied if need be."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
