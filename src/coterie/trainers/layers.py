@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from coterie.core import native
-from coterie.trainers import ops
+from coterie.trainers import attention, ops, sequences
 from coterie.trainers.recurrent import Gru
 
 WIDE = 24  # input channels from which clients' convolutions are done one after the other
@@ -148,22 +148,6 @@ def max_pool(
     return pooled if before is None else torch.relu(pooled)
 
 
-def embedding(
-    layers: Layers,
-    x: Tensor,
-    weight: Tensor,
-    padding_idx: Any = None,
-    max_norm: Any = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    """Rows of a table."""
-    if padding_idx is not None or max_norm is not None or scale_grad_by_freq or sparse:
-        return NotImplemented
-    return _Embedding.apply(x, weight)
-
-
 def dropout(layers: Layers, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """Dropout whose draws depend on the client's seed alone, not on who shares its block."""
     if not training or p == 0 or layers.seed is None:
@@ -271,7 +255,11 @@ TABLE: Table = {
     F.linear: linear,
     F.max_pool2d: max_pool,
     torch.max_pool2d: max_pool,
-    F.embedding: embedding,
+    F.embedding: sequences.embedding,
+    F.layer_norm: sequences.layer_norm,
+    F.gelu: sequences.gelu,
+    F.scaled_dot_product_attention: attention.attention,
+    F.multi_head_attention_forward: attention.multi_head_attention,
     F.dropout: dropout,
     F.batch_norm: batch_norm,
     F.group_norm: group_norm,
@@ -550,43 +538,6 @@ class _MaxPoolBack(Function):
         return aten.max_pool2d_with_indices_backward(dy, x, *options, index).unflatten(1, (n, -1)), 1
 
 
-class _Embedding(Function):
-    @staticmethod
-    def forward(x, w):
-        return w[x]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, w = inputs
-        ctx.save_for_backward(x)
-        ctx.rows = w.shape[0]
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None, _EmbeddingBack.apply(dy, ctx.saved_tensors[0], ctx.rows)
-
-    @staticmethod
-    def vmap(info, in_dims, x, w):
-        n = info.batch_size
-        x, w = ops.front(x, in_dims[0], n), ops.front(w, in_dims[1], n)
-        return w.flatten(0, 1)[_own_rows(x, w.shape[1])], 0
-
-
-@ops.last("embedding")
-class _EmbeddingBack(Function):
-    @staticmethod
-    def forward(dy, x, rows):
-        return dy.new_zeros(rows, dy.shape[-1]).index_add(0, x.flatten(), dy.flatten(0, -2))
-
-    @staticmethod
-    def vmap(info, in_dims, dy, x, rows):
-        n = info.batch_size
-        dy, x = ops.front(dy, in_dims[0], n), ops.front(x, in_dims[1], n)
-        index = _own_rows(x, rows).flatten()
-        made = dy.new_zeros(n * rows, dy.shape[-1]).index_add(0, index, dy.flatten(0, -2))
-        return made.unflatten(0, (n, rows)), 0
-
-
 class _CrossEntropy(Function):
     """Scores with the classes last -> losses, softmax."""
 
@@ -622,10 +573,3 @@ class _CrossEntropyBack(Function):
             ops.front(each, dim, info.batch_size) for each, dim in zip((dl, p, y), in_dims, strict=False)
         )
         return ops.cross_entropy_backward(*given, ignored), 0
-
-
-def _own_rows(x: Tensor, rows: int) -> Tensor:
-    """Row numbers [clients, ...] in all clients' tables, one after the other; a wrong one is in none."""
-    clients = len(x)
-    first = (torch.arange(clients, device=x.device) * rows).view(-1, *[1] * (x.dim() - 1))
-    return torch.where((x >= 0) & (x < rows), x + first, clients * rows)

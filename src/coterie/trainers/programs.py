@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.core import native
 from coterie.trainers import ops
@@ -27,8 +28,9 @@ from coterie.trainers.graphs import draws, is_view, writes
 aten = torch.ops.aten
 log = logging.getLogger("coterie")
 MOST = 26  # arguments of a kernel, as in run.c
+LINE = 64  # bytes of a cache's line
 CLOSE = 1e-4  # relative difference of a step from the graph's, which sums in another order
-CHECKED = ("cross_entropy_forward",)  # kernels that return how much is wrong
+CHECKED = ("cross_entropy_forward", "embedding_forward")  # kernels that return how much is wrong
 CONSTANT = {
     aten.ones_like.default,
     aten.zeros_like.default,
@@ -101,7 +103,7 @@ class Program:
                 self.moves.ctypes.data, len(slots), count, self.loss, losses[client],
             )  # fmt: skip
             if wrong:
-                raise IndexError(f"{wrong} targets are not among the classes")
+                raise IndexError(f"{wrong} inputs or targets are not among the classes")
         return losses
 
     def _fix(self, made: dict[Node, Any]) -> None:
@@ -170,14 +172,19 @@ def _translated(
     values: dict[Node, Any] = dict(zip(placed, (*leaves.values(), x, y, mask, seed), strict=True))
     still = {node: path for node, path in zip(placed, paths, strict=False) if path not in moving}
     fixed: list[tuple[Node, Tensor | None]] = []
+    constant: set[Node] = set()
 
     def evaluated(node: Node) -> Any:
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         inputs = node.all_input_nodes
+        if all(each in constant for each in inputs) and not (writes(node) or draws(node)):
+            constant.add(node)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.target in RULES and not all(each in still for each in inputs):
             return recorded(RULES[node.target], *args, **kwargs)
         if node.target in ops.KERNELS:
-            return recorded(node.target, *(recorded(_dense, each) for each in args))
+            strided = ops.KERNELS[node.target]
+            return recorded(node.target, *(recorded(_dense, each, strided) for each in args))
         if writes(node) or draws(node):
             raise Unsupported(str(node.target))
         view = node.target is operator.getitem or node.target is aten._unsafe_view.default or is_view(node)
@@ -186,44 +193,97 @@ def _translated(
             still[node] = ""
             made = made if view else made.clone()
             fixed.append((node, None if view else made))
-        elif not (view or not inputs or node.target in CONSTANT):
+        elif not (view or node.target in CONSTANT):
             raise Unsupported(str(node.target))
         return made
 
-    for node in nodes:
-        if node.op == "call_function":
-            values[node] = evaluated(node)
+    with _Empties() as empties:
+        for node in nodes:
+            if node.op == "call_function":
+                values[node] = evaluated(node)
+            elif node.op == "get_attr":
+                values[node] = getattr(graph, str(node.target))
+                constant.add(node)
     (output,) = (node for node in nodes if node.op == "output")
-    own = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
     for path, node in zip(moving, output.args[0], strict=True):
-        made = values[node]
-        if made.data_ptr() == leaves[path].data_ptr():
-            continue
-        if made.untyped_storage().data_ptr() in own:
-            raise Unsupported("a leaf that becomes another")
-        recorded(_elementwise, "COPY", made, made, leaves[path])
+        if values[node].data_ptr() != leaves[path].data_ptr():
+            recorded(_replaced, values[node], leaves, path)
+    room, places = _packed(calls, empties.made)
+    kept = [arg for _, args in calls for arg in args if isinstance(arg, Tensor) and _base(arg) not in places]
     return Program(
-        _encoded(calls, slots),
+        _encoded(calls, slots, places),
         paths,
         np.array([0] * (len(paths) + 2) + [index.nbytes, mask.nbytes], dtype=np.int64),
         paths.index(loss),
         {each: still[each] for node, _ in fixed for each in node.all_input_nodes if each.op == "placeholder"},
         fixed,
-        [calls, values],
+        [room, kept],
     )
 
 
-def _encoded(calls: Sequence[Said], slots: Sequence[Tensor]) -> NDArray[np.int64]:
-    where = {each.untyped_storage().data_ptr(): number for number, each in enumerate(slots)}
+def _replaced(made: Tensor, leaves: Mapping[str, Tensor], path: str) -> None:
+    if any(_base(made) == _base(leaf) for leaf in leaves.values()):
+        raise Unsupported("a leaf that becomes another")
+    _elementwise("COPY", made, made, leaves[path])
+
+
+def _base(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+class _Empties(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what is made empty, by its memory: a kernel of the step writes there before one reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: dict[int, Tensor] = {}  # held, so that nothing else comes to lie there
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty):
+            self.made[_base(made)] = made
+        return made
+
+
+def _packed(calls: Sequence[Said], empties: Collection[int]) -> tuple[Tensor, dict[int, int]]:
+    """One piece of memory for all that is not needed at the same time, so that it stays in a near cache.
+
+    empties: where what may move lies now. Returns the memory, and the new address of each.
+    """
+    spans: dict[int, tuple[int, int, int]] = {}  # size, first and last call
+    for number, (_, args) in enumerate(calls):
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.numel() and _base(arg) in empties:
+                size = -(-arg.untyped_storage().nbytes() // LINE) * LINE
+                _, first, _ = spans.get(_base(arg), (0, number, 0))
+                spans[_base(arg)] = size, first, number
+    placed: list[tuple[int, int, int, int]] = []  # start and end in the memory, first and last call
+    places: dict[int, int] = {}
+    for old, (size, first, last) in sorted(spans.items(), key=lambda span: -span[1][0]):
+        start = 0
+        for low, high, begin, end in sorted(placed):
+            if begin <= last and first <= end and low < start + size:
+                start = max(start, high)
+        places[old] = start
+        placed.append((start, start + size, first, last))
+    room = torch.zeros(max((each[1] for each in placed), default=0) + LINE, dtype=torch.uint8)
+    base = -(-room.data_ptr() // LINE) * LINE
+    return room, {old: base + start for old, start in places.items()}
+
+
+def _encoded(calls: Sequence[Said], slots: Sequence[Tensor], places: Mapping[int, int]) -> NDArray[np.int64]:
+    where = {_base(each): number for number, each in enumerate(slots)}
     made = np.zeros((len(calls), 2 + 2 * MOST), dtype=np.int64)
     made[:, 2 : 2 + MOST] = -1
     for row, (name, args) in zip(made, calls, strict=True):
         row[:2] = native.address(name), name in CHECKED
         for place, arg in enumerate(args, 2):
             if isinstance(arg, Tensor) and arg.numel():
-                base = arg.untyped_storage().data_ptr()
+                base = _base(arg)
                 row[place] = where.get(base, -1)
-                row[place + MOST] = arg.data_ptr() - (base if base in where else 0)
+                row[place + MOST] = (
+                    arg.data_ptr() - (base if base in where else 0) + places.get(base, base) - base
+                )
             elif isinstance(arg, int):
                 row[place + MOST] = arg
     return made
@@ -244,9 +304,9 @@ NAMES = "ADD SUBTRACT MULTIPLY DIVIDE ADD_PRODUCT ADD_TO WHERE_POSITIVE COPY NEG
 WHAT = {name: number for number, name in enumerate(NAMES.split())}
 
 
-def _dense(x: Any) -> Any:
-    """A tensor without gaps, as kernels want it."""
-    if not isinstance(x, Tensor) or x.is_contiguous():
+def _dense(x: Any, strided: bool) -> Any:
+    """A tensor without gaps, as kernels want it, or at least without gaps in its rows."""
+    if not isinstance(x, Tensor) or x.is_contiguous() or (strided and ops.lined(x) is x):
         return x
     return _elementwise("COPY", x, x, torch.empty(x.shape, dtype=x.dtype))
 
@@ -281,6 +341,42 @@ def _sum(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
     return whole if keepdim else whole.squeeze(dims)
 
 
+def _mean(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
+    whole = _sum(x, dims, keepdim)
+    return _pair("DIVIDE")(whole, x.numel() // whole.numel())
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat: parts that lie side by side in one piece of memory already are joined by nobody."""
+    dim, first, at = dim % parts[0].dim(), parts[0], 0
+    size = [*first.shape[:dim], sum(each.shape[dim] for each in parts), *first.shape[dim + 1 :]]
+    here = first.storage_offset()
+    for part in parts:
+        beside = _base(part) == _base(first)
+        if not beside or part.stride() != first.stride() or part.storage_offset() != here:
+            break
+        here += part.shape[dim] * part.stride(dim)
+    else:
+        return first.as_strided(size, first.stride(), first.storage_offset())
+    whole = torch.empty(size)
+    for part in parts:
+        _elementwise("COPY", part, part, whole.narrow(dim, at, part.shape[dim]))
+        at += part.shape[dim]
+    return whole
+
+
+def _within(view: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The gradient of a view: zeros but there."""
+
+    def rule(slope: Tensor, size: Sequence[int], *args: int) -> Tensor:
+        whole, zero = torch.empty(size), torch.zeros(())
+        _elementwise("COPY", zero, zero, whole)
+        _elementwise("COPY", slope, slope, view(whole, *args))
+        return whole
+
+    return rule
+
+
 def _threshold(slope: Tensor, x: Tensor, threshold: float) -> Tensor:
     if threshold:
         raise Unsupported
@@ -298,6 +394,12 @@ RULES: dict[Any, Callable[..., Tensor]] = {
     aten._to_copy.default: _alone("COPY"),
     aten.threshold_backward.default: _threshold,
     aten.sum.dim_IntList: _sum,
+    aten.mean.dim: _mean,
+    aten.mul.Scalar: _pair("MULTIPLY"),
+    aten.div.Scalar: _pair("DIVIDE"),
+    aten.cat.default: _joined,
+    aten.select_backward.default: _within(torch.select),
+    aten.slice_backward.default: _within(aten.slice.Tensor),
     aten.add_.Tensor: lambda held, update: _elementwise("ADD", held, update, held),
     aten.addcmul_.default: lambda held, x, y: _elementwise("ADD_PRODUCT", x, y, held),
 }

@@ -10,15 +10,16 @@ before time, and what is made of a sequence has its order.
 # ruff: noqa: ARG001, D102
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_fake
 
 from coterie.core import native
 from coterie.trainers import ops
 
 
-@custom_op("coterie::gru_forward", mutates_args=())
+@partial(ops.kernel, strided=True)
 def gru_forward(
     x: Tensor, h: Tensor, w: Tensor, u: Tensor, w_bias: Tensor, u_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -51,12 +52,12 @@ def gru_forward(
     return hidden, gates
 
 
-@register_fake("coterie::gru_forward")
+@gru_forward.register_fake
 def _(x, h, w, u, w_bias, u_bias):
     return _empty(x, h.shape[-1]), x.new_empty(*x.shape[:-1], 4 * h.shape[-1])
 
 
-@custom_op("coterie::gru_backward", mutates_args=())
+@partial(ops.kernel, strided=True)
 def gru_backward(
     dhidden: Tensor, hidden: Tensor, gates: Tensor, x: Tensor, h: Tensor, w: Tensor, u: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +99,7 @@ def gru_backward(
     return dx, dh, torch.bmm(da.mT, flat), torch.bmm(db.mT, before.flatten(1, 2)), da.sum(1), db.sum(1)
 
 
-@register_fake("coterie::gru_backward")
+@gru_backward.register_fake
 def _(dhidden, hidden, gates, x, h, w, u, needs_x):
     made = (each.new_empty(each.shape) for each in (h, w, u, u[..., 0], u[..., 0]))
     return _empty(x, x.shape[-1]) if needs_x else x.new_empty(0), *made

@@ -652,29 +652,32 @@ def _watched(module: nn.Module, layers: Layers) -> Iterator[tuple[list[str], dic
     """The layers that are being run now, outermost first, and what batched each of those that have run."""
     inside: list[str] = []
     paths: dict[str, str] = {}
+    outer: list[set[str]] = []  # what batched those around, so far
 
     def enter(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             inside.append(name)
+            outer.append(set(layers.used))
             layers.used.clear()
 
         return hook
 
-    def leave(name: str) -> Callable[..., None]:
+    def leave(name: str, *, leaf: bool) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             inside.pop()
-            paths.setdefault(name, ", ".join(sorted(layers.used)) or "vmap")  # then comes the reference
+            if leaf or layers.used:
+                paths.setdefault(name, ", ".join(sorted(layers.used)) or "vmap")  # then comes the reference
+            layers.used = outer.pop()
 
         return hook
 
     handles = []
     for name, layer in module.named_modules():
-        if not any(True for _ in layer.children()):
-            label = f"{name or 'model'} ({type(layer).__name__})"
-            handles += [
-                layer.register_forward_pre_hook(enter(label)),
-                layer.register_forward_hook(leave(label)),
-            ]
+        label, leaf = f"{name or 'model'} ({type(layer).__name__})", not any(True for _ in layer.children())
+        handles += [
+            layer.register_forward_pre_hook(enter(label)),
+            layer.register_forward_hook(leave(label, leaf=leaf)),
+        ]
     try:
         yield inside, paths
     finally:

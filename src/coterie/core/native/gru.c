@@ -4,7 +4,8 @@
    caller likes. Weights are packed into panels of WIDE columns, [k][WIDE], and a panel times some rows is
    done in registers; what stands beyond the last column, and what comes of it, nobody looks at. `scratch` has
    6 * S * (P + rows + 80) floats, where P is `size` rounded up to 32, and S is P + `in` rounded up to 32. */
-#include "vec.h"
+#include "tile.h"
+#include "transpose.h"
 
 #define WIDE (2 * VL) /* hidden units in a panel */
 #define HELD 80 /* rows whose share of the gradient of the weights is summed up at once */
@@ -14,8 +15,7 @@ typedef uint32_t bits __attribute__((vector_size(4 * VL)));
 /* e^x - 1 within about 1 ulp: 2^k (e^r - 1) + (2^k - 1), |r| <= ln(2) / 2, e^r by its polynomial of degree 6
  * (Chebyshev). x is kept within +-88, where a sigmoid has long been 0 or 1; NaN stays NaN. */
 INLINE vec exp_less_1(vec x) {
-    x = either(x < -88, splat(-88), x);
-    x = either(x > 88, splat(88), x);
+    x = greater(splat(-88), lesser(splat(88), x));
     vec shifted = x * 0x1.715476p+0f + 0x1.8p+23f; /* k is in the low bits of its fraction */
     vec k = shifted - 0x1.8p+23f, r = x - k * 0x1.63p-1f + k * 0x1.bd0106p-13f; /* ln(2) in two parts */
     vec scale = (vec)(((bits)shifted << 23) + 0x3f800000u);
@@ -39,55 +39,6 @@ INLINE int left(int64_t size, int64_t j) { return size - j >= VL ? VL : size > j
 /* Ask for memory that the next step will need: it is in no near cache, and this step still has much to do. */
 INLINE void fetch(const float *p, int64_t apart, int lines) {
     UNROLL for (int g = 0; g < lines; g++) __builtin_prefetch(p + g * apart, 0, 2);
-}
-
-/* out[i] = start[i] + sum over k of x[i, k] panel[k], each of `vecs` vectors; no start is zeros. */
-INLINE void tile(int rows, int vecs, int64_t depth, const float *x, int64_t x_i, int64_t x_k,
-                 const float *panel, int64_t panel_k, const float *start, int64_t start_i, float *out,
-                 int64_t out_i) {
-    vec made[TILE][2];
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < vecs; v++)
-            made[i][v] = start ? load(start + i * start_i + v * VL) : (vec){0};
-    for (int64_t k = 0; k < depth; k++, x += x_k, panel += panel_k) {
-        vec low = load(panel), high = load(panel + (vecs - 1) * VL);
-        UNROLL for (int i = 0; i < rows; i++) {
-            vec each = splat(x[i * x_i]);
-            made[i][0] += each * low;
-            if (vecs == 2) made[i][1] += each * high;
-        }
-    }
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < vecs; v++) store(out + i * out_i + v * VL, made[i][v]);
-}
-
-/* The same for any number of rows, in tiles of about the same height. */
-static void product(int64_t rows, int vecs, int64_t depth, const float *x, int64_t x_i, int64_t x_k,
-                    const float *panel, int64_t panel_k, const float *start, int64_t start_i, float *out,
-                    int64_t out_i) {
-    for (int64_t tiles = (rows + TILE - 1) / TILE; tiles; tiles--) {
-        int high = (int)((rows + tiles - 1) / tiles);
-        switch (2 * high + vecs) {
-#define CASE(n, v) \
-    case 2 * n + v: \
-        if (n <= TILE) tile(n, v, depth, x, x_i, x_k, panel, panel_k, start, start_i, out, out_i); \
-        break;
-#define CASES(n) CASE(n, 1) CASE(n, 2)
-            CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) CASES(7) CASES(8) CASES(9) CASES(10)
-#undef CASES
-#undef CASE
-        }
-        rows -= high, x += high * x_i, start += high * start_i, out += high * out_i;
-    }
-}
-
-/* to[j, i] = from[i, j], in squares that stay in the cache. */
-static void transpose(const float *from, int64_t from_i, int64_t rows, int64_t columns, float *to,
-                      int64_t to_j) {
-    for (int64_t top = 0; top < rows; top += 16)
-        for (int64_t edge = 0; edge < columns; edge += 16)
-            for (int64_t j = edge; j < edge + 16 && j < columns; j++)
-                for (int64_t i = top; i < top + 16 && i < rows; i++) to[j * to_j + i] = from[i * from_i + j];
 }
 
 /* Panels of w [depth, columns], each of them [all, WIDE]. */
