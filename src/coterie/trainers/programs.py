@@ -85,8 +85,8 @@ class Program:
 
         leaves: what clients begin with, stacked or shared. data: x [rows, ...], y [rows, ...]; index (int64)
         and mask (float32) [clients, most steps, rows of a batch]; steps: of each client. Returns what the
-        graph of the end returned, stacked, and the mean loss of each step, [clients, most steps]: the same bits
-        with any number of threads. Raises IndexError for a target that is no class.
+        end's graph returned, stacked, and the mean loss of each step, [clients, most steps]; with any number
+        of threads the same bits. Raises IndexError for a target that is no class.
         """
         clients, most = index.shape[:2]
         losses, said = torch.zeros(clients, most), torch.empty(clients, dtype=torch.int64)

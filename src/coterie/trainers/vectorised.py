@@ -433,7 +433,7 @@ class Vectorised:
             index.transpose(0, 1),
             mask.transpose(0, 1),
             steps,
-            torch.get_num_threads(),
+            native.threads(),
         )
         self.rows[0] += sum(steps) * full
         self.rows[1] += int(lengths.sum())
