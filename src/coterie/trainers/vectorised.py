@@ -630,9 +630,9 @@ def _laid_out(datas: Sequence[ClientData | Held], drawn: Sequence[Sequence[Rows]
     real = np.arange(lengths.max()) < lengths[:, :, None]  # [clients, steps, rows in a batch]
     index = np.empty(real.shape, dtype=np.int64)
     index[:] = np.array([rows[0] for rows in owned])[:, None, None]
-    index[real] = np.concatenate(
-        [rows[np.concatenate(batches)] for rows, batches in zip(owned, drawn, strict=True)]
-    )
+    begins = np.cumsum([0, *map(len, owned[:-1])])  # of each client's rows, in those of all
+    places = np.concatenate([rows for batches in drawn for rows in batches])
+    index[real] = np.concatenate(owned)[places + begins.repeat(lengths.sum(1))]
     if not real.all():  # the batch's own are padded with: 0 * NaN of others would be NaN
         index = np.where(real, index, index[:, :, :1])
     at, mask, taken = (torch.from_numpy(each).transpose(0, 1) for each in (index, real, lengths))
