@@ -44,7 +44,7 @@ def rng(key: Key) -> np.random.Generator:
 
 
 def permutation(key: Key, n: int) -> NDArray[np.int64]:
-    """rng(key).permutation(n), in a fifth of the time for small n: a generator is not made, but set to the key."""
+    """rng(key).permutation(n), in a third of the time: no generator is made, one is set to the key."""
     if not hasattr(_own, "generator"):
         _own.generator = rng(key)
     words = np.frombuffer(key[:16], dtype="<u8").astype(np.uint64)
