@@ -26,18 +26,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "FLAGS",
-    "HERE",
-    "SECONDS",
-    "address",
-    "call",
-    "fits",
-    "library",
-    "listening",
-    "log",
-    "set_threads",
-    "threads",
-]
+    "FLAGS", "HERE", "SECONDS", "WORTH", "address", "call", "fits", "library", "listening", "log",
+    "set_threads", "threads",
+]  # fmt: skip
 
 _listener: Callable[[str, tuple[Tensor | int | None, ...]], None] | None = None
 _threads = 1
