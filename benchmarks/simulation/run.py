@@ -82,6 +82,7 @@ SYSTEMS = {
     "coterie": coterie(),
     "coterie-loop": coterie("backend.trainer=loop"),
     "coterie-vectorised": coterie("backend.trainer=vectorised"),
+    "coterie-threads": coterie(f"backend.threads={CORES}"),
     "coterie-workers": coterie(f"backend.workers={CORES}"),
     "coterie-compiled": coterie(f"backend.workers={CORES}", "backend.compile=true"),
     "coterie-bf16": coterie(f"backend.workers={CORES}", "backend.precision=bfloat16", precision="bfloat16"),
