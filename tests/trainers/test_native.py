@@ -265,14 +265,14 @@ def test_whoever_fails_among_several_threads_is_lost_alone():
     with threads(3):
         got = site.fold([Task(i, str(i), 0, 0, down, config=config) for i in range(4)], "stop")
     assert set(got.accepted) == {"0", "1", "3"}
-    assert got.fold.lost == ("2: IndexError: 1 targets are not among the classes",)
+    assert got.fold.lost == ("2: IndexError: 1 inputs or targets are not among the classes",)
 
 
 @needs_compiler
 def test_a_program_stops_at_a_target_of_no_class():
     bad = people()
     bad[1].train[1][5] = 3
-    with pytest.raises(IndexError, match="targets are not among the"):
+    with pytest.raises(IndexError, match="inputs or targets are not among the"):
         trained(Problem(network()), ALGORITHMS["sgd"], bad)
 
 
