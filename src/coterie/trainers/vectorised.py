@@ -409,7 +409,7 @@ class Vectorised:
             one = {path: leaf if path in stepper.shared else leaf[:1] for path, leaf in state.items()}
             rows = torch.arange(size) % len(x)
             batch = (x[rows].unsqueeze(0), y[rows].unsqueeze(0), torch.ones(1, size), torch.zeros(1).long())
-            plain = self.precision == "float32" and not self.compile and native.library() is not None
+            plain = not self.compile and native.library() is not None
             if plain:
                 graph = in_place(self._graph(stepper, one, batch), _params(one))
                 stepper.programs[key] = program(graph, one, batch, stepper.moving, LOSS)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FLAGS", "HERE", "SECONDS", "address", "call", "fits", "library", "listening", "log"]
+__all__ = ["FLAGS", "HERE", "SECONDS", "address", "call", "fits", "has", "library", "listening", "log"]
 
 _listener: Callable[[str, tuple[Tensor | int | None, ...]], None] | None = None
 log = logging.getLogger("coterie")
@@ -37,6 +37,11 @@ SECONDS = 300  # that the compiler may take
 def fits(*tensors: Tensor) -> bool:
     """Can the kernels do it: is there a library, and is all of it float32 in this machine's memory?"""
     return library() is not None and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+
+
+def has(name: str) -> bool:
+    """Is there this kernel? Those in bfloat16 need a processor with instructions for it."""
+    return hasattr(library(), name)
 
 
 @cache
