@@ -73,11 +73,10 @@ class Layers(TorchFunctionMode):
             self.note(made, "relu", args[0])
         return made
 
-    def bf16(self, *tensors: Tensor) -> bool:
+    def bf16(self, *given: Tensor) -> bool:
         """Do the kernels multiply these in bfloat16?"""
-        return (
-            self.precision is torch.bfloat16 and native.fits(*tensors) and native.has("linear_forward_bf16")
-        )
+        wanted = self.precision is torch.bfloat16
+        return wanted and native.fits(*given) and native.has("linear_forward_bf16")
 
     def note(self, made: Tensor, how: str, of: Any) -> None:
         """Remember how a tensor was made, until the layers are left."""
