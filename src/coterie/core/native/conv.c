@@ -8,7 +8,7 @@
    y, at [clients, batch, PH, PW, out]. at: the pixel oh * OW + ow of the convolution's output that won; -1
    where the ReLU made it 0. The convolution pads with zeros, the pool not at all; there must be at least one
    window. Scratch: as many floats as conv_pool_scratch says, for either function. dx, db may be NULL. */
-#include "transpose.h"
+#include "factors.h"
 
 #if defined(__AVX512F__)
 #define PIXELS 14 /* in a tile of the forward: times two vectors of channels */
@@ -48,8 +48,7 @@ typedef struct {
     int64_t pixel, stride; /* floats to the next pixel (patch), to the next row of the image */
 } Patches;
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t whole(int64_t n) { return (n + VL - 1) / VL * VL; }
+INLINE int64_t whole(int64_t n) { return round_up(n, VL); }
 
 static Shape shape_of(SIZES) {
     Shape s = {GIVEN, .K = 0};
@@ -109,7 +108,7 @@ static const ivec LANE = {
 INLINE int beside(const Shape *s) { return DEEP == 2 && s->in == 1 && s->stride_w == 1; }
 typedef struct {
     int64_t columns, places; /* in a row of a channel; numbers or pairs of a pixel */
-    int64_t run; /* weights whose pairs follow each other */
+    int64_t run, apart; /* weights, and numbers of the image, whose pairs follow each other */
     int64_t terms; /* what is summed up: numbers or pairs */
     int64_t image, weights, conv, spare;
     int beside; /* are pairs of columns? */
@@ -118,8 +117,8 @@ static Forward forward_of(const Shape *s) {
     Forward f = {.columns = (s->width + s->stride_w - 1) / s->stride_w};
     f.beside = beside(s);
     f.run = f.beside ? s->kw : s->in % DEEP ? s->in : s->K;
-    f.places = (s->in + DEEP - 1) / DEEP;
-    f.terms = s->K / f.run * ((f.run + DEEP - 1) / DEEP);
+    f.places = places(s->in), f.terms = s->K / f.run * places(f.run);
+    f.apart = s->in % DEEP ? s->in : s->H * s->W * s->in;
     f.image = s->height * f.places * s->stride_w * f.columns;
     f.weights = f.terms * s->lanes, f.conv = s->used * s->OW * s->lanes;
     f.spare = DEEP == 1 || f.beside ? 0 : s->H * s->W * f.places;
@@ -127,37 +126,32 @@ static Forward forward_of(const Shape *s) {
 }
 
 /* offsets[term] = how far from a pixel's place what belongs to this term lies; every `step`th column */
-static void offsets_of(const Shape *s, int64_t columns, int64_t places, int64_t step, int32_t *offsets) {
+static void offsets_of(const Shape *s, int64_t columns, int64_t channels, int64_t step, int32_t *offsets) {
     for (int64_t i = 0; i < s->kh; i++)
         for (int64_t j = 0; j < s->kw; j += step)
-            for (int64_t c = 0; c < places; c++)
-                *offsets++ = (int32_t)(((i * places + c) * s->stride_w + j % s->stride_w) * columns +
+            for (int64_t c = 0; c < channels; c++)
+                *offsets++ = (int32_t)(((i * channels + c) * s->stride_w + j % s->stride_w) * columns +
                                        j / s->stride_w);
 }
 
 /* Of each row the channels (or what else there are `places` of in a pixel), of each channel the columns in
    `stride_w` phases. The margins are zero already. */
-static void lay_out(const Shape *s, const float *x, float *to, int64_t columns, int64_t places) {
-    const int64_t row = places * s->stride_w * columns;
+static void lay_out(const Shape *s, const float *x, float *to, int64_t columns, int64_t channels) {
+    const int64_t row = channels * s->stride_w * columns;
     for (int64_t h = 0; h < s->H; h++) {
-        const float *from = x + h * s->W * places;
+        const float *from = x + h * s->W * channels;
         float *t = to + (h + s->pad_h) * row;
-        if (places * s->stride_w == 1) memcpy(t + s->pad_w, from, 4 * (size_t)s->W);
-        else if (s->stride_w == 1) transpose(from, places, s->W, places, t + s->pad_w, columns);
+        if (channels * s->stride_w == 1) memcpy(t + s->pad_w, from, 4 * (size_t)s->W);
+        else if (s->stride_w == 1) transpose(from, channels, s->W, channels, t + s->pad_w, columns);
         else for (int64_t i = 0; i < s->W; i++) {
             const int64_t at = i + s->pad_w;
-            for (int64_t c = 0; c < places; c++)
-                t[(c * s->stride_w + at % s->stride_w) * columns + at / s->stride_w] = from[i * places + c];
+            for (int64_t c = 0; c < channels; c++)
+                t[(c * s->stride_w + at % s->stride_w) * columns + at / s->stride_w] = from[i * channels + c];
         }
     }
 }
 
 #ifdef BF16
-/* Rows of numbers, a whole number of them; an odd last one of each is paired with 0. */
-static void narrow_rows(const float *from, int64_t row, int64_t n, float *to) {
-    if (row % 2 == 0) row = n;
-    for (int64_t i = 0; i < n; i += row) narrow_row(from + i, row, to + i / row * ((row + 1) / 2));
-}
 /* Rows of an image of one channel as pairs of neighbours in the padded row. */
 static void lay_out_beside(const Shape *s, const float *x, float *to, int64_t columns) {
     for (int64_t h = 0; h < s->H; h++, x += s->W) {
@@ -178,7 +172,7 @@ static void lay_out_terms(const Shape *s, const Forward *f, const float *x, floa
         lay_out_beside(s, x, image, f->columns);
         return;
     }
-    narrow_rows(x, s->in, s->H * s->W * s->in, spare);
+    pack_rows(x, s->H * s->W * s->in / f->apart, f->apart, 1, spare);
     x = spare;
 #endif
     lay_out(s, x, image, f->columns, f->places);
@@ -191,7 +185,7 @@ static void lay_out_weights(const Shape *s, const Forward *f, const float *w, fl
         const int64_t some = smaller(VL, s->out - o);
         const float *from = w;
 #ifdef BF16
-        narrow_rows(w, f->run, some * s->K, spare);
+        pack_rows(w, some * s->K / f->run, f->run, 1, spare);
         from = spare;
 #endif
         transpose(from, f->terms, some, f->terms, weights + panel * f->terms + o - panel, width);
@@ -569,7 +563,7 @@ INLINE int dense(const Shape *s) {
     if (DEEP == 2 && !(beside(s) && s->pool_w == 2 && s->pool_stride_w == 2)) return 0;
     return apart && short_rows(s) && s->K <= MAX_DENSE;
 }
-INLINE int64_t across(const Shape *s) { return (s->OW + DEEP - 1) / DEEP; }
+INLINE int64_t across(const Shape *s) { return places(s->OW); }
 
 /* slopes[pixel or pair of them] = what comes back there; db += all of it. What no window covers is 0 already. */
 static void unpool(const Shape *s, const float *dy, const int32_t *at, float *slopes, float *db) {

@@ -5,44 +5,12 @@
    of w for that of x. Many rows: both factors are packed into pairs first. */
 #ifdef __AVX512BF16__
 #define BF16
+#include "factors.h"
 #include "product.h"
 
 #define MANY 48 /* rows from which packing pays */
-#define WIDE (2 * VL) /* columns of a panel */
 #define CHUNK 512 /* columns at a time, so that all rows of them stay in the first-level cache */
 #define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10)
-
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t half(int64_t n) { return (n + 1) / 2; }
-INLINE int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
-INLINE int left(int64_t n) { return n >= VL ? VL : n > 0 ? (int)n : 0; }
-
-/* Pairs of neighbours in a row: to[r][k] = (from[r][2 k], from[r][2 k + 1]), and zeros up to `stride`. */
-static void narrow_rows(const float *from, int64_t rows, int64_t n, float *to, int64_t stride) {
-    for (int64_t r = 0; r < rows; r++, from += n, to += stride) {
-        narrow_row(from, n, to);
-        memset(to + half(n), 0, 4 * (size_t)(stride - half(n)));
-    }
-}
-
-/* Pairs of two rows, in panels of `wide` columns: to[panel][k][c] = (from[2 k][c], from[2 k + 1][c]). */
-static void pair_rows(const float *from, int64_t rows, int64_t columns, float *to, int64_t wide) {
-    for (int64_t k = 0; k < rows; k += 2)
-        for (int64_t c = 0; c < whole(columns, wide); c += VL) {
-            const float *p = from + k * columns + c;
-            const int n = left(columns - c);
-            store(to + c / wide * wide * half(rows) + k / 2 * wide + c % wide,
-                  pair(load_part(p, n), load_part(p + columns, k + 1 < rows ? n : 0)));
-        }
-}
-
-/* Pairs of neighbours in a row that become a column: to[panel][k][r] = (from[r][2 k], from[r][2 k + 1]). */
-static void turn_rows(const float *from, int64_t rows, int64_t n, float *to, float *spare) {
-    for (int64_t r = 0; r < rows; r += VL) {
-        narrow_rows(from + r * n, left(rows - r), n, spare, half(n));
-        transpose(spare, half(n), left(rows - r), half(n), to + r / WIDE * WIDE * half(n) + r % WIDE, WIDE);
-    }
-}
 
 /* ---- few rows ---- */
 
@@ -77,8 +45,8 @@ INLINE void forward(int rows, const float *x, int64_t x_row, const float *w, flo
 /* y += x w^T */
 static void few_forward(const float *x, const float *w, float *y, float *scratch, int64_t rows, int64_t in,
                         int64_t out) {
-    const int64_t step = 2 * CHUNK, x_row = whole(in, 2 * VL) / 2;
-    narrow_rows(x, rows, in, scratch, x_row);
+    const int64_t step = 2 * CHUNK, x_row = round_up(places(in), VL);
+    pack_rows(x, rows, in, VL, scratch);
     for (int64_t k = 0; k < in; k += step)
         for (int64_t r = 0; r < rows; r += TILE) {
             const float *from = scratch + r * x_row + k / 2;
@@ -101,7 +69,7 @@ INLINE void back_x(int rows, int outs, int vecs, int some, const float *dy, vec 
     }
     UNROLL for (int n = 0; n < outs; n += 2)
         UNROLL for (int r = 0; r < rows; r++) {
-            const vec by = spread(dy + r * half(out) + n / 2);
+            const vec by = spread(dy + r * places(out) + n / 2);
             UNROLL for (int v = 0; v < vecs; v++) sums[r][v] = dot(sums[r][v], by, pairs[n / 2][v]);
         }
     UNROLL for (int r = 0; r < rows; r++, dx += in) {
@@ -114,11 +82,11 @@ INLINE void back_x(int rows, int outs, int vecs, int some, const float *dy, vec 
 INLINE void back_w(int outs, int vecs, int some, const float *dy, const float *x, const float *w, float *dw,
                    float factor, int64_t rows, int64_t in, int64_t out) {
     vec sums[8][2] = {0};
-    for (int64_t r = 0; r < half(rows); r++) {
+    for (int64_t r = 0; r < places(rows); r++) {
         vec row[2];
-        UNROLL for (int v = 0; v < vecs; v++) row[v] = load(x + r * whole(in, VL) + v * VL);
+        UNROLL for (int v = 0; v < vecs; v++) row[v] = load(x + r * round_up(in, VL) + v * VL);
         UNROLL for (int n = 0; n < outs; n++) {
-            const vec by = spread(dy + r * whole(out, VL) + n);
+            const vec by = spread(dy + r * round_up(out, VL) + n);
             UNROLL for (int v = 0; v < vecs; v++) sums[n][v] = dot(sums[n][v], by, row[v]);
         }
     }
@@ -150,9 +118,9 @@ INLINE void back(int outs, int vecs, int some, const float *dy_rows, const float
         }
         int64_t r = 0;
         for (; r + 5 <= rows; r += 5)
-            back_x(5, outs, vecs, some, dy_outs + r * half(out), pairs, dx + r * in, in, out);
+            back_x(5, outs, vecs, some, dy_outs + r * places(out), pairs, dx + r * in, in, out);
         for (; r < rows; r++)
-            back_x(1, outs, vecs, some, dy_outs + r * half(out), pairs, dx + r * in, in, out);
+            back_x(1, outs, vecs, some, dy_outs + r * places(out), pairs, dx + r * in, in, out);
     }
     for (int n = 0; n < outs; n += 8)
         back_w(outs < 8 ? outs : 8, vecs, some, dy_rows + n, x, w + n * in, dw + n * in, factor, rows, in, out);
@@ -160,11 +128,11 @@ INLINE void back(int outs, int vecs, int some, const float *dy_rows, const float
 
 static void few_back(const float *dy, const float *x, const float *w, float *dw, float *dx, float factor,
                      float *scratch, int64_t rows, int64_t in, int64_t out) {
-    float *x_rows = scratch, *dy_rows = x_rows + half(rows) * whole(in, VL);
-    float *dy_outs = dy_rows + half(rows) * whole(out, VL);
-    pair_rows(x, rows, in, x_rows, whole(in, VL));
-    pair_rows(dy, rows, out, dy_rows, whole(out, VL));
-    if (dx) narrow_rows(dy, rows, out, dy_outs, half(out));
+    float *x_rows = scratch, *dy_rows = x_rows + places(rows) * round_up(in, VL);
+    float *dy_outs = dy_rows + places(rows) * round_up(out, VL);
+    pack_panels(x, rows, in, round_up(in, VL), 0, x_rows);
+    pack_panels(dy, rows, out, round_up(out, VL), 0, dy_rows);
+    if (dx) pack_rows(dy, rows, out, 1, dy_outs);
     for (int64_t k = 0; k < in; k += CHUNK)
         for (int64_t n = 0, outs; n < out; n += outs) {
             const int64_t end = smaller(in, k + CHUNK);
@@ -209,7 +177,7 @@ static void packed_product(const float *a, int64_t row, int64_t next, const floa
 }
 
 int64_t linear_scratch_bf16(int64_t rows, int64_t in, int64_t out) {
-    const int64_t wide_in = whole(in, WIDE), wide_out = whole(out, WIDE), pairs = half(rows);
+    const int64_t wide_in = round_up(in, WIDE), wide_out = round_up(out, WIDE), pairs = places(rows);
     const int64_t forward = (rows + wide_out + VL) * wide_in / 2, by_w = (rows + wide_in) * wide_out / 2;
     const int64_t by_rows = pairs * (wide_in + wide_out) + (rows < MANY ? rows * wide_out : 0);
     const int64_t back = by_w > by_rows ? by_w : by_rows;
@@ -219,7 +187,7 @@ int64_t linear_scratch_bf16(int64_t rows, int64_t in, int64_t out) {
 /* As linear_forward, with scratch of as many floats as linear_scratch_bf16 says. */
 void linear_forward_bf16(const float *x, const float *w, const float *b, float *y, float *slope, float *scratch,
                          int64_t what, int64_t clients, int64_t rows, int64_t in, int64_t out) {
-    float *panels = scratch + rows * half(in), *spare = panels + whole(out, WIDE) * half(in);
+    float *panels = scratch + rows * places(in), *spare = panels + round_up(out, WIDE) * places(in);
     for (int64_t c = 0; c < clients; c++, x += rows * in, w += out * in, y += rows * out) {
         const float *start = b ? b + c * out : 0;
         float *to = slope ? slope + c * rows * out : 0;
@@ -229,9 +197,9 @@ void linear_forward_bf16(const float *x, const float *w, const float *b, float *
             few_forward(x, w, y, scratch, rows, in, out);
             finish(what, y, to, rows, out, out);
         } else {
-            narrow_rows(x, rows, in, scratch, half(in));
-            turn_rows(w, out, in, panels, spare);
-            packed_product(scratch, half(in), 1, panels, 1, start, y, rows, half(in), out, what, to);
+            pack_rows(x, rows, in, 1, scratch);
+            pack_turned(w, out, in, panels, spare);
+            packed_product(scratch, places(in), 1, panels, 1, start, y, rows, places(in), out, what, to);
         }
     }
 }
@@ -256,15 +224,15 @@ void linear_backward_bf16(const float *dy, float *x, float *w, float *slope, flo
             continue;
         }
         if (to) {
-            float *panels = scratch + rows * half(out);
-            narrow_rows(dy, rows, out, scratch, half(out));
-            pair_rows(w, out, in, panels, WIDE);
-            packed_product(scratch, half(out), 1, panels, 1, 0, to, rows, half(out), in, what, other);
+            float *panels = scratch + rows * places(out);
+            pack_rows(dy, rows, out, 1, scratch);
+            pack_panels(w, out, in, WIDE, places(out), panels);
+            packed_product(scratch, places(out), 1, panels, 1, 0, to, rows, places(out), in, what, other);
         }
-        float *panels = scratch + half(rows) * whole(out, VL);
-        pair_rows(dy, rows, out, scratch, whole(out, VL));
-        pair_rows(x, rows, in, panels, WIDE);
-        packed_product(scratch, 1, whole(out, VL), panels, by, dw == w ? w : 0, dw, out, half(rows), in, NOTHING, 0);
+        float *panels = scratch + places(rows) * round_up(out, VL);
+        pack_panels(dy, rows, out, round_up(out, VL), 0, scratch);
+        pack_panels(x, rows, in, WIDE, places(rows), panels);
+        packed_product(scratch, 1, round_up(out, VL), panels, by, dw == w ? w : 0, dw, out, places(rows), in, NOTHING, 0);
     }
 }
 #endif

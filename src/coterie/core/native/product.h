@@ -1,7 +1,7 @@
 /* The general matrix product. */
 #pragma once
 #include "gelu.h"
-#include "transpose.h"
+#include "factors.h"
 
 /* Sums over k of a[i * row + k * next] * panel[k][...] for `rows` <= TILE rows i and two vectors. */
 INLINE void tile(int rows, const float *a, int64_t row, int64_t next, const float *panel, int64_t depth,

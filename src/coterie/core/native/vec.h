@@ -102,33 +102,3 @@ INLINE vec expv(vec x) {
 
 /* In an unrolled loop: one pointer that moves from row to row, not an offset held for each. */
 #define ONE_POINTER(p) __asm__("" : "+r"(p))
-
-/* What products multiply: numbers, or, in a file that defines BF16, pairs of numbers rounded to bfloat16. A pair
-   lies in the place of one number, and its two products are added up in float32. */
-#ifdef BF16
-#define NAME(f) f##_bf16
-#define DEEP 2 /* numbers in a place */
-INLINE vec dot(vec sum, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-INLINE vec spread(const float *p) { return (vec)_mm512_set1_ps(*p); }
-
-/* Of 32 numbers the pairs. */
-INLINE vec narrow(vec low, vec high) { return (vec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-/* Pairs of one number of each. */
-INLINE vec pair(vec first, vec second) {
-    const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i order = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
-    return (vec)_mm512_permutexvar_epi16(order, (__m512i)narrow(first, second));
-}
-/* n numbers that follow each other become (n + 1) / 2 pairs; a last one is paired with 0. */
-INLINE void narrow_row(const float *from, int64_t n, float *to) {
-    for (; n >= 2 * VL; n -= 2 * VL, from += 2 * VL, to += VL) store(to, narrow(load(from), load(from + VL)));
-    if (n <= 0) return;
-    const int low = n < VL ? (int)n : VL, high = (int)n - low;
-    store_part(to, narrow(load_part(from, low), load_part(from + VL, high)), (low + high + 1) / 2);
-}
-#else
-#define NAME(f) f
-#define DEEP 1
-INLINE vec dot(vec sum, vec a, vec b) { return sum + a * b; }
-INLINE vec spread(const float *p) { return splat(*p); }
-#endif
