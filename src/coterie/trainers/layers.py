@@ -230,7 +230,7 @@ def gru(
     y, ends = x.transpose(0, 1) if batch_first else x, []
     for layer in range(depth):
         w_ih, w_hh, b_ih, b_hh = weights[4 * layer : 4 * layer + 4]
-        y, _ = Gru.apply(y, h[layer], w_ih, w_hh, b_ih, b_hh)
+        y, _ = Gru.apply(y, h[layer], w_ih, w_hh, b_ih, b_hh, layers.bf16(y, w_hh))
         ends.append(y[-1])
     return y.transpose(0, 1) if batch_first else y, torch.stack(ends)
 

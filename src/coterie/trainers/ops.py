@@ -87,7 +87,7 @@ def linear_forward(x: Tensor, w: Tensor, b: Tensor | None, relu: bool, bf16: boo
     x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
     y = x.new_empty(*x.shape[:2], w.shape[1])
     given = x, w, b, y, None, *_linear_room(x, w, bf16), FINISH["RELU"] if relu else 0
-    call(_name("linear_forward", bf16), *given, *x.shape, w.shape[1])
+    call(name("linear_forward", bf16), *given, *x.shape, w.shape[1])
     return y
 
 
@@ -107,7 +107,7 @@ def linear_gelu(
     y, slope = (x.new_empty(*x.shape[:2], w.shape[1]) for _ in range(2))
     what = FINISH["GELU_TANH" if tanh else "GELU"]
     given = x, w, b, y, slope, *_linear_room(x, w, bf16), what
-    call(_name("linear_forward", bf16), *given, *x.shape, w.shape[1])
+    call(name("linear_forward", bf16), *given, *x.shape, w.shape[1])
     return y, slope
 
 
@@ -161,7 +161,7 @@ def _back(
     dx, db = torch.empty_like(x) if needs_x else None, w.new_empty(w.shape[:2]) if bias else None
     what = FINISH["WHERE_POSITIVE"] if relu else 0 if slope is None else FINISH["TIMES"]
     given = dy, x, w, slope, dw, db, dx, factor, *_linear_room(x, w, bf16), what
-    call(_name("linear_backward", bf16), *given, *x.shape, w.shape[1])
+    call(name("linear_backward", bf16), *given, *x.shape, w.shape[1])
     none = x.new_empty(0)
     return none if dx is None else dx, dw, none if db is None else db
 
@@ -171,7 +171,8 @@ def _linear_room(x: Tensor, w: Tensor, bf16: bool) -> list[Tensor]:
     return [x.new_empty(call("linear_scratch_bf16", *x.shape[1:], w.shape[1]))] if bf16 else []
 
 
-def _name(kernel: str, bf16: bool) -> str:
+def name(kernel: str, bf16: bool) -> str:
+    """What the kernel is called."""
     return f"{kernel}_bf16" if bf16 else kernel
 
 
@@ -221,8 +222,8 @@ def conv_pool_forward(
     sizes = _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu)
     y = x.new_empty(_pooled(x, w, stride, padding, kernel, pool_stride))
     at = torch.empty_like(y, dtype=torch.int32)
-    scratch = x.new_empty(call(_name("conv_pool_scratch", bf16), *sizes))
-    call(_name("conv_pool_forward", bf16), x, w, b, y, at, scratch, *sizes)
+    scratch = x.new_empty(call(name("conv_pool_scratch", bf16), *sizes))
+    call(name("conv_pool_forward", bf16), x, w, b, y, at, scratch, *sizes)
     return y, at
 
 
@@ -243,9 +244,9 @@ def conv_pool_backward(
     dy, x, w = dy.contiguous(), x.contiguous(), w.contiguous()
     sizes = _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu)
     dx, dw, db = _gradients(x, w, needs_x, bias)
-    scratch = x.new_empty(call(_name("conv_pool_scratch", bf16), *sizes))
+    scratch = x.new_empty(call(name("conv_pool_scratch", bf16), *sizes))
     given = dx if needs_x else None, dw, db if bias else None, scratch
-    call(_name("conv_pool_backward", bf16), dy, at, x, w, *given, *sizes)
+    call(name("conv_pool_backward", bf16), dy, at, x, w, *given, *sizes)
     return dx, dw, db
 
 
