@@ -149,9 +149,7 @@ def test_a_step_of_the_gru(sizes):
     of_a, of_b = torch.cat([dr, dz, dn], -1), torch.cat([dr, dz, dn * r], -1)
     da, db = rounded(of_a, of_b)
     right = (da @ w).unsqueeze(1), d * z + db @ u, da.mT @ x, db.mT @ h, of_a.sum(1), of_b.sum(1)
-    for one, other in zip(
-        gru_backward(dhidden, hidden, gates, *given[:4], True, True), right, strict=True
-    ):
+    for one, other in zip(gru_backward(dhidden, hidden, gates, *given[:4], True, True), right, strict=True):
         assert (one.double() - other).norm() <= 1e-4 * other.norm()  # a slope may round the other way
 
 
