@@ -221,7 +221,7 @@ def test_without_instructions_for_it_torch_rounds(monkeypatch):
     """The same, near enough, by torch's operators."""
     x, w = normal(2, 10, 40), normal(2, 7, 40, seed=1)
     monkeypatch.setattr(native, "has", lambda name: False)
-    from coterie.trainers.layers import Layers  # noqa: PLC0415
+    from coterie.trainers.layers import Layers
 
     def inside(x, w):
         with Layers(torch.bfloat16):
