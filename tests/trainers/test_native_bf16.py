@@ -59,21 +59,21 @@ def test_linear_layers(clients, rows, inputs, outputs):
     torch.testing.assert_close(ops.linear_forward(x, w, None, False, True).double(), no_bias, **CLOSE)
 
     expected_dx, expected_dw = wide_dy @ wide_w, wide_dy.mT @ wide_x
-    dx, dw, db = ops.linear_backward(dy, x, w, True, True, False, True)
+    dx, dw, db = ops.linear_backward(dy, x, w, True, True, False, None, True)
     torch.testing.assert_close(dx.double(), expected_dx, **CLOSE)
     torch.testing.assert_close(dw.double(), expected_dw, **CLOSE)
     torch.testing.assert_close(db.double(), dy.double().sum(1), **CLOSE)  # never rounded
-    masked, _, none = ops.linear_backward(dy, x, w, True, False, True, True)
+    masked, _, none = ops.linear_backward(dy, x, w, True, False, True, None, True)
     torch.testing.assert_close(masked.double(), expected_dx * (x > 0), **CLOSE)
     assert none.numel() == 0
     slope = normal(*x.shape, seed=4)
-    times, _, _ = ops.linear_backward(dy, x, w, True, False, False, True, slope)
+    times, _, _ = ops.linear_backward(dy, x, w, True, False, False, slope, True)
     torch.testing.assert_close(times.double(), expected_dx * slope, **CLOSE)
 
     factor = torch.linspace(-0.1, -0.3, clients).view(-1, 1, 1)
     for needs_x in (True, False):
         held = w.clone()
-        dx, same, _ = ops.linear_step_(dy, x, held, needs_x, True, False, factor, True)
+        dx, same, _ = ops.linear_step_(dy, x, held, needs_x, True, False, factor, None, True)
         assert same is held
         right = w.double() + factor.double() * expected_dw  # the weights themselves keep their digits
         torch.testing.assert_close(held.double(), right, rtol=2e-6, atol=2e-6)

@@ -103,9 +103,9 @@ def _with_gelu(graph: torch.fx.Graph, node: Any) -> None:
     elif _calls(node, aten.mul.Tensor) and all(isinstance(each, Node) for each in node.args):
         (whole, _), (slope, _) = map(_behind, node.args)
         ours = _calls(whole, getitem) and len(whole.users) == 1 and whole.args[1] == 0
-        ours = ours and _calls(whole.args[0], LINEAR_BACKWARD) and len(whole.args[0].args) < 8
+        ours = ours and _calls(whole.args[0], LINEAR_BACKWARD) and not any(whole.args[0].args[6:7])
         if ours and _calls(slope, getitem) and _calls(slope.args[0], LINEAR_GELU) and slope.args[1] == 1:
-            whole.args[0].args = (*(*whole.args[0].args, False)[:7], slope)
+            whole.args[0].args = (*whole.args[0].args[:6], slope, *whole.args[0].args[7:])
             node.replace_all_uses_with(node.args[0])
 
 

@@ -494,7 +494,7 @@ class _LinearBack(Function):
         none = dy.new_empty(0)
         dy, x, w = ops.in_front(info, in_dims, (dy, x, w))
         if native.fits(dy, x, w):
-            made = ops.linear_backward(dy, x, w, needs_x, bias, False, bf16)
+            made = ops.linear_backward(dy, x, w, needs_x, bias, False, None, bf16)
             return made, (0 if needs_x else None, 0, 0 if bias else None)
         made = torch.bmm(dy, w) if needs_x else none, torch.bmm(dy.mT, x), dy.sum(1) if bias else none
         return made, (0 if needs_x else None, 0, 0 if bias else None)

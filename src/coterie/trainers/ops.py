@@ -118,8 +118,8 @@ def _(x, w, b, tanh, bf16=False):
 
 @kernel
 def linear_backward(
-    dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool, bf16: bool = False,
-    slope: Tensor | None = None,
+    dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool, slope: Tensor | None = None,
+    bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dy [C, B, out] -> gradients of x, of w and of the bias; an empty tensor for one that is not wanted.
 
@@ -127,11 +127,11 @@ def linear_backward(
     into that.
     """
     w = w.contiguous()
-    return _back(dy, x, w, torch.empty_like(w), None, needs_x, bias, relu, bf16, slope)
+    return _back(dy, x, w, torch.empty_like(w), None, needs_x, bias, relu, slope, bf16)
 
 
 @linear_backward.register_fake
-def _(dy, x, w, needs_x, bias, relu, bf16=False, slope=None):
+def _(dy, x, w, needs_x, bias, relu, slope=None, bf16=False):
     return (
         x.new_empty(x.shape if needs_x else 0),
         w.new_empty(w.shape),
@@ -141,16 +141,16 @@ def _(dy, x, w, needs_x, bias, relu, bf16=False, slope=None):
 
 def linear_step_(
     dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool, factor: Tensor,
-    bf16: bool = False, slope: Tensor | None = None,
+    slope: Tensor | None = None, bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `linear_backward`, with w += factor * its gradient in place. factor: [C, 1, 1] or []."""
     factor = factor.expand(len(w), *factor.shape[1:]).reshape(-1).contiguous()
-    return _back(dy, x, w, w, factor, needs_x, bias, relu, bf16, slope)
+    return _back(dy, x, w, w, factor, needs_x, bias, relu, slope, bf16)
 
 
 def _back(
     dy: Tensor, x: Tensor, w: Tensor, dw: Tensor, factor: Tensor | None, needs_x: bool, bias: bool,
-    relu: bool, bf16: bool, slope: Tensor | None,
+    relu: bool, slope: Tensor | None, bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     clients, rows, width = x.shape
     check(
