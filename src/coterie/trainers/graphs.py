@@ -78,14 +78,14 @@ def _with_relu(node: Any) -> None:
     if _calls(node, aten.relu.default):
         (before,) = node.args
         if _calls(before, LINEAR_FORWARD) and len(before.users) == 1:
-            before.args = (*before.args[:3], True)
+            before.args = (*before.args[:3], True, *before.args[4:])
             node.replace_all_uses_with(before)
     elif _calls(node, aten.threshold_backward.default):
         slope, value, threshold = node.args
         if _calls(slope, getitem) and len(slope.users) == 1 and threshold == 0:
             whole = slope.args[0]
             if _calls(whole, LINEAR_BACKWARD) and slope.args[1] == 0 and whole.args[1] is value:
-                whole.args = (*whole.args[:5], True)
+                whole.args = (*whole.args[:5], True, *whole.args[6:])
                 node.replace_all_uses_with(slope)
 
 
@@ -96,16 +96,16 @@ def _with_gelu(graph: torch.fx.Graph, node: Any) -> None:
         if not (_calls(before, LINEAR_FORWARD) and not before.args[3] and views):
             return
         with graph.inserting_before(node):
-            both = graph.call_function(LINEAR_GELU, (*before.args[:3], node.args[1]))
+            both = graph.call_function(LINEAR_GELU, (*before.args[:3], node.args[1], *before.args[4:]))
             for user in list(node.users):  # y, slope
                 one = graph.call_function(getitem, (both, user.args[1]))
                 user.replace_all_uses_with(graph.call_function(aten.view.default, (one, views[0].args[1])))
     elif _calls(node, aten.mul.Tensor) and all(isinstance(each, Node) for each in node.args):
         (whole, _), (slope, _) = map(_behind, node.args)
         ours = _calls(whole, getitem) and len(whole.users) == 1 and whole.args[1] == 0
-        ours = ours and _calls(whole.args[0], LINEAR_BACKWARD) and len(whole.args[0].args) == 6
+        ours = ours and _calls(whole.args[0], LINEAR_BACKWARD) and not any(whole.args[0].args[6:7])
         if ours and _calls(slope, getitem) and _calls(slope.args[0], LINEAR_GELU) and slope.args[1] == 1:
-            whole.args[0].args = (*whole.args[0].args, slope)
+            whole.args[0].args = (*whole.args[0].args[:6], slope, *whole.args[0].args[7:])
             node.replace_all_uses_with(node.args[0])
 
 

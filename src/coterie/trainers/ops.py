@@ -1,4 +1,7 @@
-"""The kernels as torch operators on stacked clients; `trainers.layers` uses them, where `fits` says so."""
+"""The kernels as torch operators on stacked clients; `trainers.layers` uses them, where `fits` says so.
+
+bf16: round what is multiplied to bfloat16; the processor must have instructions for it.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 # ruff: noqa: ARG001
@@ -77,53 +80,58 @@ def _shape(x: Tensor | None) -> Sequence[int] | None:
 
 
 @kernel
-def linear_forward(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
+def linear_forward(x: Tensor, w: Tensor, b: Tensor | None, relu: bool, bf16: bool = False) -> Tensor:
     """x [C, B, in], w [C, out, in], b [C, out] -> x w^T + b [C, B, out], or its ReLU."""
     clients, _, width = x.shape
     check("linear", (w.shape, (clients, w.shape[1], width)), (_shape(b), w.shape[:2]))
     x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
     y = x.new_empty(*x.shape[:2], w.shape[1])
-    call("linear_forward", x, w, b, y, None, FINISH["RELU"] if relu else 0, *x.shape, w.shape[1])
+    given = x, w, b, y, None, *_linear_room(x, w, bf16), FINISH["RELU"] if relu else 0
+    call(name("linear_forward", bf16), *given, *x.shape, w.shape[1])
     return y
 
 
 @linear_forward.register_fake
-def _(x, w, b, relu):
+def _(x, w, b, relu, bf16=False):
     return x.new_empty(*x.shape[:2], w.shape[1])
 
 
 @kernel
-def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+def linear_gelu(
+    x: Tensor, w: Tensor, b: Tensor | None, tanh: bool, bf16: bool = False
+) -> tuple[Tensor, Tensor]:
     """GELU of a linear layer, and its slope."""
     clients, _, width = x.shape
     check("linear", (w.shape, (clients, w.shape[1], width)), (_shape(b), w.shape[:2]))
     x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
     y, slope = (x.new_empty(*x.shape[:2], w.shape[1]) for _ in range(2))
     what = FINISH["GELU_TANH" if tanh else "GELU"]
-    call("linear_forward", x, w, b, y, slope, what, *x.shape, w.shape[1])
+    given = x, w, b, y, slope, *_linear_room(x, w, bf16), what
+    call(name("linear_forward", bf16), *given, *x.shape, w.shape[1])
     return y, slope
 
 
 @linear_gelu.register_fake
-def _(x, w, b, tanh):
+def _(x, w, b, tanh, bf16=False):
     return tuple(x.new_empty(*x.shape[:2], w.shape[1]) for _ in range(2))
 
 
 @kernel
 def linear_backward(
-    dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool, slope: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool, slope: Tensor | None = None,
+    bf16: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dy [C, B, out] -> gradients of x, of w and of the bias; an empty tensor for one that is not wanted.
 
     relu, slope: x comes from a ReLU, or from what has this slope [C, B, in], and the gradient is of what went
     into that.
     """
     w = w.contiguous()
-    return _back(dy, x, w, torch.empty_like(w), None, needs_x, bias, relu, slope)
+    return _back(dy, x, w, torch.empty_like(w), None, needs_x, bias, relu, slope, bf16)
 
 
 @linear_backward.register_fake
-def _(dy, x, w, needs_x, bias, relu, slope=None):
+def _(dy, x, w, needs_x, bias, relu, slope=None, bf16=False):
     return (
         x.new_empty(x.shape if needs_x else 0),
         w.new_empty(w.shape),
@@ -133,16 +141,16 @@ def _(dy, x, w, needs_x, bias, relu, slope=None):
 
 def linear_step_(
     dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool, factor: Tensor,
-    slope: Tensor | None = None,
+    slope: Tensor | None = None, bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `linear_backward`, with w += factor * its gradient in place. factor: [C, 1, 1] or []."""
     factor = factor.expand(len(w), *factor.shape[1:]).reshape(-1).contiguous()
-    return _back(dy, x, w, w, factor, needs_x, bias, relu, slope)
+    return _back(dy, x, w, w, factor, needs_x, bias, relu, slope, bf16)
 
 
 def _back(
     dy: Tensor, x: Tensor, w: Tensor, dw: Tensor, factor: Tensor | None, needs_x: bool, bias: bool,
-    relu: bool, slope: Tensor | None,
+    relu: bool, slope: Tensor | None, bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     clients, rows, width = x.shape
     check(
@@ -152,9 +160,20 @@ def _back(
     dy, x, slope = dy.contiguous(), x.contiguous(), None if slope is None else slope.contiguous()
     dx, db = torch.empty_like(x) if needs_x else None, w.new_empty(w.shape[:2]) if bias else None
     what = FINISH["WHERE_POSITIVE"] if relu else 0 if slope is None else FINISH["TIMES"]
-    call("linear_backward", dy, x, w, slope, dw, db, dx, factor, what, *x.shape, w.shape[1])
+    given = dy, x, w, slope, dw, db, dx, factor, *_linear_room(x, w, bf16), what
+    call(name("linear_backward", bf16), *given, *x.shape, w.shape[1])
     none = x.new_empty(0)
     return none if dx is None else dx, dw, none if db is None else db
+
+
+def _linear_room(x: Tensor, w: Tensor, bf16: bool) -> list[Tensor]:
+    """Scratch memory, where a linear layer needs some."""
+    return [x.new_empty(call("linear_scratch_bf16", *x.shape[1:], w.shape[1]))] if bf16 else []
+
+
+def name(kernel: str, bf16: bool) -> str:
+    """What the kernel is called."""
+    return f"{kernel}_bf16" if bf16 else kernel
 
 
 @kernel
@@ -192,7 +211,7 @@ def _(dl, p, y, ignored):
 @kernel
 def conv_pool_forward(
     x: Tensor, w: Tensor, b: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    kernel: Sequence[int], pool_stride: Sequence[int], relu: bool,
+    kernel: Sequence[int], pool_stride: Sequence[int], relu: bool, bf16: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Max-pool of the convolution of x [C, B, H, W, in] with w [C, out, kh, kw, in], b [C, out]; with ReLU?
 
@@ -203,12 +222,13 @@ def conv_pool_forward(
     sizes = _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu)
     y = x.new_empty(_pooled(x, w, stride, padding, kernel, pool_stride))
     at = torch.empty_like(y, dtype=torch.int32)
-    call("conv_pool_forward", x, w, b, y, at, x.new_empty(call("conv_pool_scratch", *sizes)), *sizes)
+    scratch = x.new_empty(call(name("conv_pool_scratch", bf16), *sizes))
+    call(name("conv_pool_forward", bf16), x, w, b, y, at, scratch, *sizes)
     return y, at
 
 
 @conv_pool_forward.register_fake
-def _(x, w, b, stride, padding, kernel, pool_stride, relu):
+def _(x, w, b, stride, padding, kernel, pool_stride, relu, bf16=False):
     y = x.new_empty(_pooled(x, w, stride, padding, kernel, pool_stride))
     return y, torch.empty_like(y, dtype=torch.int32)
 
@@ -216,7 +236,7 @@ def _(x, w, b, stride, padding, kernel, pool_stride, relu):
 @kernel
 def conv_pool_backward(
     dy: Tensor, at: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, stride: Sequence[int],
-    padding: Sequence[int], kernel: Sequence[int], pool_stride: Sequence[int], relu: bool,
+    padding: Sequence[int], kernel: Sequence[int], pool_stride: Sequence[int], relu: bool, bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, of w and of the bias; an empty tensor for one that is not wanted."""
     pooled = _pooled(x, w, stride, padding, kernel, pool_stride)
@@ -224,14 +244,14 @@ def conv_pool_backward(
     dy, x, w = dy.contiguous(), x.contiguous(), w.contiguous()
     sizes = _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu)
     dx, dw, db = _gradients(x, w, needs_x, bias)
-    scratch = x.new_empty(call("conv_pool_scratch", *sizes))
+    scratch = x.new_empty(call(name("conv_pool_scratch", bf16), *sizes))
     given = dx if needs_x else None, dw, db if bias else None, scratch
-    call("conv_pool_backward", dy, at, x, w, *given, *sizes)
+    call(name("conv_pool_backward", bf16), dy, at, x, w, *given, *sizes)
     return dx, dw, db
 
 
 @conv_pool_backward.register_fake
-def _(dy, at, x, w, needs_x, bias, stride, padding, kernel, pool_stride, relu):
+def _(dy, at, x, w, needs_x, bias, stride, padding, kernel, pool_stride, relu, bf16=False):
     return (
         x.new_empty(x.shape if needs_x else 0),
         w.new_empty(w.shape),

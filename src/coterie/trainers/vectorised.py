@@ -446,7 +446,7 @@ class Vectorised:
         key = (ending.key, size, x.shape[1:], x.dtype, y.shape[1:], y.dtype)
         if key not in stepper.programs:
             stepper.programs[key] = None
-            if self.precision == "float32" and not self.compile and native.library() is not None:
+            if not self.compile and native.library() is not None:
                 one = {path: leaf if path in stepper.shared else leaf[:1] for path, leaf in state.items()}
                 told = {
                     path: leaf if path in ending.shared else leaf[:1] for path, leaf in ending.told.items()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "FLAGS", "HERE", "SECONDS", "WORTH", "address", "call", "fits", "library", "listening", "log",
+    "FLAGS", "HERE", "SECONDS", "WORTH", "address", "call", "fits", "has", "library", "listening", "log",
     "set_threads", "threads",
 ]  # fmt: skip
 
@@ -57,6 +57,11 @@ def set_threads(count: int) -> int:
 def threads(numbers: int | None = None) -> int:
     """How many threads to use; as many as are worth their start, for a kernel that reads so many numbers."""
     return _threads if numbers is None else min(_threads, 1 + numbers // WORTH)
+
+
+def has(name: str) -> bool:
+    """Is there this kernel? Those in bfloat16 need a processor with instructions for it."""
+    return hasattr(library(), name)
 
 
 @cache

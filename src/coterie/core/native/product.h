@@ -1,7 +1,7 @@
 /* The general matrix product. */
 #pragma once
 #include "gelu.h"
-#include "transpose.h"
+#include "factors.h"
 
 /* Sums over k of a[i * row + k * next] * panel[k][...] for `rows` <= TILE rows i and two vectors. */
 INLINE void tile(int rows, const float *a, int64_t row, int64_t next, const float *panel, int64_t depth,
@@ -10,9 +10,9 @@ INLINE void tile(int rows, const float *a, int64_t row, int64_t next, const floa
     for (int64_t k = 0; k < depth; k++, a += next, panel += 2 * VL) {
         vec left = load(panel), right = load(panel + VL);
         UNROLL for (int i = 0; i < rows; i++) {
-            vec by = splat(a[i * row]);
-            sums[i][0] += by * left;
-            sums[i][1] += by * right;
+            vec by = spread(a + i * row);
+            sums[i][0] = dot(sums[i][0], by, left);
+            sums[i][1] = dot(sums[i][1], by, right);
         }
     }
 }

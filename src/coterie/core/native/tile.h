@@ -1,6 +1,6 @@
 /* Small matrix products in registers. */
 #pragma once
-#include "vec.h"
+#include "factors.h"
 
 /* out[i] = start[i] + sum over k of x[i, k] panel[k], each of `vecs` vectors; no start is zeros. */
 INLINE void tile(int rows, int vecs, int64_t depth, const float *x, int64_t x_i, int64_t x_k,
@@ -13,9 +13,9 @@ INLINE void tile(int rows, int vecs, int64_t depth, const float *x, int64_t x_i,
     for (int64_t k = 0; k < depth; k++, x += x_k, panel += panel_k) {
         vec low = load(panel), high = load(panel + (vecs - 1) * VL);
         UNROLL for (int i = 0; i < rows; i++) {
-            vec each = splat(x[i * x_i]);
-            made[i][0] += each * low;
-            if (vecs == 2) made[i][1] += each * high;
+            vec each = spread(x + i * x_i);
+            made[i][0] = dot(made[i][0], each, low);
+            if (vecs == 2) made[i][1] = dot(made[i][1], each, high);
         }
     }
     UNROLL for (int i = 0; i < rows; i++)

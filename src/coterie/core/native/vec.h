@@ -99,3 +99,6 @@ INLINE vec expv(vec x) {
     ivec power = ((ivec)shifted + 127) << 23; /* 2^n: the number stands in the lowest bits of `shifted` */
     return p * (vec)power;
 }
+
+/* In an unrolled loop: one pointer that moves from row to row, not an offset held for each. */
+#define ONE_POINTER(p) __asm__("" : "+r"(p))
