@@ -134,7 +134,7 @@ static void offsets_of(const Shape *s, int64_t columns, int64_t channels, int64_
                                        j / s->stride_w);
 }
 
-/* Of each row the channels (or what else there are `places` of in a pixel), of each channel the columns in
+/* Of each row the channels (or pairs of them), of each channel the columns in
    `stride_w` phases. The margins are zero already. */
 static void lay_out(const Shape *s, const float *x, float *to, int64_t columns, int64_t channels) {
     const int64_t row = channels * s->stride_w * columns;
@@ -279,8 +279,8 @@ void NAME(conv_pool_forward)(const float *x, const float *w, const float *b, flo
                         for (int64_t t = 0; t < tiles; t++) {
                             const int64_t col = smaller(t * P, s.OW - P); /* the last may overlap another */
                             conv_tiles((int)P, s.lanes - o > VL ? 2 : 1,
-                                       image + row * stride_h * f.places * stride_w * f.columns + col, offsets,
-                                       f.terms, weights + o * f.terms, bias + o,
+                                       image + row * stride_h * f.places * stride_w * f.columns + col,
+                                       offsets, f.terms, weights + o * f.terms, bias + o,
                                        conv + (row * s.OW + col) * s.lanes + o, s.lanes);
                         }
                 if (pool_h == 2 && pool_w == 2) pool(&s, 2, 2, h, conv, y, at);
@@ -565,7 +565,7 @@ INLINE int dense(const Shape *s) {
 }
 INLINE int64_t across(const Shape *s) { return places(s->OW); }
 
-/* slopes[pixel or pair of them] = what comes back there; db += all of it. What no window covers is 0 already. */
+/* slopes[pixel or pair of them] = what comes back there; db += all of it. What no window covers is 0. */
 static void unpool(const Shape *s, const float *dy, const int32_t *at, float *slopes, float *db) {
     for (int64_t h = 0; h < s->PH; h++)
         for (int64_t w = 0; w < s->PW; w++, dy += s->out, at += s->out)
@@ -644,8 +644,9 @@ static void dense_backward(const Shape *s, const float *dy, const int32_t *at, c
     for (int64_t client = 0; client < s->clients; client++, dw += s->out * s->K) {
         memset(made, 0, 4 * (size_t)(s->K * s->lanes));
         memset(bias, 0, 4 * (size_t)s->lanes);
-        for (int64_t sample = 0; sample < s->batch; sample++, x += s->H * s->W * s->in, dy += outs, at += outs) {
+        for (int64_t sample = 0; sample < s->batch; sample++, dy += outs, at += outs) {
             lay_out_terms(s, &f, x, 0, image);
+            x += s->H * s->W * s->in;
             unpool(s, dy, at, slopes, bias);
             for (int64_t o = 0; o < s->lanes; o += 2 * VL)
                 for (int64_t t = 0; t < s->K; t += T)

@@ -1,5 +1,5 @@
-/* What products multiply: numbers, or, in a file that defines BF16, pairs of numbers rounded to bfloat16. A pair
-   lies in the place of one number, and its two products are added up in float32. */
+/* What products multiply: numbers, or, in a file that defines BF16, pairs of numbers rounded to bfloat16. A
+   pair lies in the place of one number, and its two products are added up in float32. */
 #pragma once
 #include "transpose.h"
 
@@ -37,8 +37,10 @@ INLINE int64_t places(int64_t n) { return (n + DEEP - 1) / DEEP; }
 /* Numbers that follow each other; an odd last one is paired with 0. */
 INLINE void pack_row(const float *from, int64_t n, float *to) {
 #ifdef BF16
-    for (; n >= 2 * VL; n -= 2 * VL, from += 2 * VL, to += VL) store(to, narrow(load(from), load(from + VL)));
-    if (n) store_part(to, narrow(load_part(from, left(n)), load_part(from + VL, left(n - VL))), (int)places(n));
+    for (; n >= 2 * VL; n -= 2 * VL, from += 2 * VL, to += VL)
+        store(to, narrow(load(from), load(from + VL)));
+    if (!n) return;
+    store_part(to, narrow(load_part(from, left(n)), load_part(from + VL, left(n - VL))), (int)places(n));
 #else
     memcpy(to, from, 4 * (size_t)n);
 #endif
@@ -74,6 +76,7 @@ static inline void pack_turned(const float *from, int64_t rows, int64_t n, float
     for (int64_t r = 0; r < rows; r += VL, from += VL * n) {
         const float *packed = from;
         if (DEEP == 2) pack_rows(from, left(rows - r), n, 1, spare), packed = spare;
-        transpose(packed, places(n), left(rows - r), places(n), to + r / WIDE * WIDE * places(n) + r % WIDE, WIDE);
+        float *panel = to + r / WIDE * WIDE * places(n) + r % WIDE;
+        transpose(packed, places(n), left(rows - r), places(n), panel, WIDE);
     }
 }

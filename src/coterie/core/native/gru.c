@@ -65,7 +65,8 @@ static void forward(const float *x, const float *h, const float *w, const float 
         }
         for (int64_t p = 0; p < padded; p += WIDE) {
             for (int64_t g = 0; g < 4; g++) {
-                int64_t from = g < 3 ? 0 : places(size), to = g == 2 ? places(size) : both; /* what part of [h, x] it is of */
+                /* what part of [h, x] it is of */
+                int64_t from = g < 3 ? 0 : places(size), to = g == 2 ? places(size) : both;
                 const float *panel = scratch + (g < 3 ? g : 2) * one + p * both + from * WIDE;
                 product(rows, 2, to - from, now + from, both, 1, panel, WIDE, start + g * padded + p, 0,
                         made + g * WIDE, 4 * WIDE);
@@ -157,8 +158,10 @@ static void backward(const float *dhidden, const float *hidden, const float *gat
             for (int64_t p = 0; p < padded; p += WIDE) {
                 const float *panel = slopes_down + g * size + p;
                 float *of_u = grown + g * padded + p, *of_w = grown + size * next + (g - 1) * padded + p;
-                if (g < 3) product(size, 2, places(held), states_down, 1, both, panel, wide, of_u, next, of_u, next);
-                if (g > 0) product(in, 2, places(held), states_down + size, 1, both, panel, wide, of_w, next, of_w, next);
+                const int64_t deep = places(held);
+                if (g < 3) product(size, 2, deep, states_down, 1, both, panel, wide, of_u, next, of_u, next);
+                if (g > 0)
+                    product(in, 2, deep, states_down + size, 1, both, panel, wide, of_w, next, of_w, next);
             }
         for (int64_t p = 0; dx && p < in; p += WIDE) {
             int vecs = in - p > VL ? 2 : 1;

@@ -1,6 +1,6 @@
 /* linear.c with bfloat16: what is multiplied is rounded to it, everything else is float32.
 
-   Few rows: w is read where it lies, and rounded in registers. On the way forward pairs are of neighbours in a
+   Few rows: w is read where it lies, rounded in registers. On the way forward pairs are of neighbours in a
    row; back, they are of neighbours in a column: of two rows of the batch for the gradient of w, of two rows
    of w for that of x. Many rows: both factors are packed into pairs first. */
 #ifdef __AVX512BF16__
@@ -101,8 +101,8 @@ INLINE void back_w(int outs, int vecs, int some, const float *dy, const float *x
     }
 }
 
-/* Some columns of `outs` rows of w, all rows of the batch; dx is of w as it was. x: pairs of rows; dy: pairs of
-   rows and pairs of outs. One vector of columns may be in part. */
+/* Some columns of `outs` rows of w, all rows of the batch; dx is of w as it was. x: pairs of rows; dy: pairs
+   of rows and pairs of outs. One vector of columns may be in part. */
 INLINE void back(int outs, int vecs, int some, const float *dy_rows, const float *dy_outs, const float *x,
                  const float *w, float *dw, float *dx, float factor, int64_t rows, int64_t in, int64_t out) {
     if (dx) {
@@ -123,7 +123,8 @@ INLINE void back(int outs, int vecs, int some, const float *dy_rows, const float
             back_x(1, outs, vecs, some, dy_outs + r * places(out), pairs, dx + r * in, in, out);
     }
     for (int n = 0; n < outs; n += 8)
-        back_w(outs < 8 ? outs : 8, vecs, some, dy_rows + n, x, w + n * in, dw + n * in, factor, rows, in, out);
+        back_w(outs < 8 ? outs : 8, vecs, some, dy_rows + n, x, w + n * in, dw + n * in, factor, rows, in,
+               out);
 }
 
 static void few_back(const float *dy, const float *x, const float *w, float *dw, float *dx, float factor,
@@ -157,7 +158,7 @@ static void few_back(const float *dy, const float *x, const float *w, float *dw,
 
 #define DEEP_AT_ONCE 128 /* pairs of a panel that stay in the first-level cache */
 
-/* c = start + factor * (a b), finished, for packed a[i * row + k * next] and panels of b [panel][depth][WIDE];
+/* c = start + factor * (a b), finished, of packed a[i * row + k * next] and panels b [panel][depth][WIDE];
    start: c itself, or a row, or NULL for zeros. */
 static void packed_product(const float *a, int64_t row, int64_t next, const float *b, float factor,
                            const float *start, float *c, int64_t rows, int64_t depth, int64_t columns,
@@ -185,8 +186,8 @@ int64_t linear_scratch_bf16(int64_t rows, int64_t in, int64_t out) {
 }
 
 /* As linear_forward, with scratch of as many floats as linear_scratch_bf16 says. */
-void linear_forward_bf16(const float *x, const float *w, const float *b, float *y, float *slope, float *scratch,
-                         int64_t what, int64_t clients, int64_t rows, int64_t in, int64_t out) {
+void linear_forward_bf16(const float *x, const float *w, const float *b, float *y, float *slope,
+                         float *scratch, int64_t what, int64_t clients, int64_t rows, int64_t in, int64_t out) {
     float *panels = scratch + rows * places(in), *spare = panels + round_up(out, WIDE) * places(in);
     for (int64_t c = 0; c < clients; c++, x += rows * in, w += out * in, y += rows * out) {
         const float *start = b ? b + c * out : 0;
@@ -232,7 +233,8 @@ void linear_backward_bf16(const float *dy, float *x, float *w, float *slope, flo
         float *panels = scratch + places(rows) * round_up(out, VL);
         pack_panels(dy, rows, out, round_up(out, VL), 0, scratch);
         pack_panels(x, rows, in, WIDE, places(rows), panels);
-        packed_product(scratch, 1, round_up(out, VL), panels, by, dw == w ? w : 0, dw, out, places(rows), in, NOTHING, 0);
+        packed_product(scratch, 1, round_up(out, VL), panels, by, dw == w ? w : 0, dw, out, places(rows), in,
+                       NOTHING, 0);
     }
 }
 #endif
