@@ -1,9 +1,8 @@
 """Coterie through its public API, run folder and all.
 
-    python on_coterie.py WORK '{"set": ["backend.trainer=loop"], "fused": false}'
+    python on_coterie.py WORK '{"set": ["backend.trainer=loop"]}'
 
 `set` is what the command line's --set takes. A key that this version does not know skips the variant.
-`fused`: attention by torch's fused kernel.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def main() -> None:
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     given = work.read(folder)
     gate = Gate(given.allotments)
-    module = given.module(fused=options.get("fused", False))
+    module = given.module()
     data = dataset(given.x, given.y, given.test_x, given.test_y, given.meta["classes"])
     done, notes = -1, []
 

@@ -58,9 +58,9 @@ class System:
     extra: bool = False  # only when asked for by its own name
 
 
-def coterie(*settings: str, fused: bool = False, **more: Any) -> System:
-    """A variant of Coterie. settings: as after --set. fused: attention by torch's fused kernel."""
-    return System("on_coterie.py", "coterie", {"set": list(settings), "fused": fused}, **more)
+def coterie(*settings: str, **more: Any) -> System:
+    """A variant of Coterie. settings: as after --set."""
+    return System("on_coterie.py", "coterie", {"set": list(settings)}, **more)
 
 
 def pfl(threads: int = 1, processes: int = 1, **more: Any) -> System:
@@ -82,6 +82,7 @@ SYSTEMS = {
     "coterie": coterie(),
     "coterie-loop": coterie("backend.trainer=loop"),
     "coterie-vectorised": coterie("backend.trainer=vectorised"),
+    "coterie-threads": coterie(f"backend.threads={CORES}"),
     "coterie-workers": coterie(f"backend.workers={CORES}"),
     "coterie-compiled": coterie(f"backend.workers={CORES}", "backend.compile=true"),
     "coterie-bf16": coterie(f"backend.workers={CORES}", "backend.precision=bfloat16", precision="bfloat16"),

@@ -76,10 +76,7 @@ class CharGRU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: torch's fused kernel, or written out as in coterie.models.transformer.
-
-    One client after the other, the fused kernel is about 15 % faster in float32 on a CPU: rivals get it.
-    """
+    """Causal self-attention: torch's fused kernel; or written out, to count its operations."""
 
     def __init__(self, fused: bool) -> None:
         super().__init__()

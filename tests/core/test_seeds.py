@@ -5,8 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from coterie.core.seeds import derive, rng, seeded, uniform
+from coterie.core.seeds import derive, permutation, rng, seeded, uniform
 
 
 def test_paths_do_not_collide():
@@ -71,3 +73,10 @@ def test_no_global_generator_is_read():
     random.seed(2)
     np.random.seed(2)  # noqa: NPY002
     assert rng(derive(9, "a")).random(3).tolist() == first
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 300)), max_size=5))
+def test_a_permutation_is_that_of_a_new_generator_whatever_was_drawn_before(asked):
+    for seed, n in asked:
+        key = derive(seed, "order")
+        assert permutation(key, n).tolist() == rng(key).permutation(n).tolist()

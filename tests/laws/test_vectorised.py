@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from coterie.core import ConfigError, trees
+from coterie.core import ConfigError, Interrupted, native, trees
 from coterie.experiment import assemble, run
 from coterie.storage import Checkpoints, RunFolder
+from coterie.trainers.programs import Program
 
 BLOCKS = {"trainer": "vectorised", "block": 4}
 SOFTMAX = {"model": {"kind": "softmax"}}
@@ -54,6 +55,32 @@ def test_many_rounds_train_as_well(experiment, tmp_path, unreported):
     assert loop.final["accuracy"] > 0.8
     assert block.final["accuracy"] == pytest.approx(loop.final["accuracy"], abs=0.01)
     assert block.final["loss"] == pytest.approx(loop.final["loss"], rel=1e-3)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler, so no kernels")
+@pytest.mark.parametrize("kind", ["fedavg", "scaffold"])
+def test_threads_change_no_bit_and_a_run_can_be_stopped_between_blocks(
+    kind, experiment, tmp_path, unreported, monkeypatch
+):
+    threads, train = set(), Program.train
+
+    def watched(self, *args):
+        threads.add(native.threads())
+        return train(self, *args)
+
+    monkeypatch.setattr(Program, "train", watched)
+    algorithm = {"kind": kind, "client": {"optimizer": "sgd", "lr": 0.1, "epochs": 2, "batch_size": 4}}
+    configs = {
+        n: experiment("synchronous", algorithm=algorithm, backend={**BLOCKS, "threads": n}) for n in (1, 2, 3)
+    }
+    digests = {n: run(config, out=tmp_path / str(n)).model_digest for n, config in configs.items()}
+    assert len(set(digests.values())) == 1
+    assert threads == {1, 2, 3}
+    asked = iter([False, False, False, True])
+    with pytest.raises(Interrupted):
+        run(configs[3], out=tmp_path / "stopped", stop=lambda: next(asked))
+    assert run(configs[2], out=tmp_path / "stopped", resume=True).model_digest == digests[1]
+    assert native.threads() == 1
 
 
 def timeless_rows(folder):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from coterie.algorithms import Local, fedavg, fedprox, scaffold, sgd
+from coterie.backends import Site
 from coterie.core import Task, derive, native, rng, trees
 from coterie.data import ClientData
+from coterie.storage import Memories
 from coterie.trainers import Loop, Problem, Vectorised, ops, programs
 from coterie.trainers.recurrent import gru_forward
 
@@ -226,11 +229,50 @@ def test_a_client_alone_in_a_program_and_among_others_makes_the_same_bits():
         assert torch.equal(a[0], b[0])
 
 
+@contextmanager
+def threads(count):
+    before = native.set_threads(count)
+    try:
+        yield
+    finally:
+        native.set_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("build", "shape"), [(network, (6,)), (convolutional, (2, 10, 10))], ids=["dense", "conv"]
+)
+def test_a_program_makes_the_same_bits_with_any_number_of_threads(name, build, shape):
+    torch.manual_seed(6)
+    problem, algorithm, made = Problem(build()), ALGORITHMS[name], []
+    everybody, trainer = people((20, 13, 17, 12, 31, 20, 9), shape), Vectorised(problem, 1)
+    down, config = algorithm.broadcast(algorithm.init(problem.model())), algorithm.local(0)
+    tasks = [Task(i, str(i), 0, 0, down, config=config) for i in range(len(everybody))]
+    for count in (1, 2, 3, 11):
+        with threads(count):
+            made += trainer.fit_block(algorithm, tasks, [None] * len(everybody), everybody)
+    for first, *others in trees.rows(*((block.ups, block.metrics, after or ()) for block, after in made)):
+        assert all(torch.equal(*map(torch.as_tensor, (first, other))) for other in others)
+
+
+@needs_compiler
+def test_whoever_fails_among_several_threads_is_lost_alone():
+    problem, algorithm, all_of_them = Problem(network()), ALGORITHMS["sgd"], people((20, 13, 17, 20))
+    all_of_them[2].train[1][5] = 3  # no class
+    site = Site(algorithm, Vectorised(problem, 1), None, lambda client: all_of_them[int(client)], Memories())
+    down, config = algorithm.broadcast(algorithm.init(problem.model())), algorithm.local(0)
+    with threads(3):
+        got = site.fold([Task(i, str(i), 0, 0, down, config=config) for i in range(4)], "stop")
+    assert set(got.accepted) == {"0", "1", "3"}
+    assert got.fold.lost == ("2: IndexError: 1 inputs or targets are not among the classes",)
+
+
 @needs_compiler
 def test_a_program_stops_at_a_target_of_no_class():
     bad = people()
     bad[1].train[1][5] = 3
-    with pytest.raises(IndexError, match="targets are not among the"):
+    with pytest.raises(IndexError, match="inputs or targets are not among the"):
         trained(Problem(network()), ALGORITHMS["sgd"], bad)
 
 

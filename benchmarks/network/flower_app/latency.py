@@ -15,7 +15,7 @@ server = ServerApp()
 
 
 @client.train()
-def train(message: Message, context: Context) -> Message:
+def train(message: Message, context: Context) -> Message:  # noqa: ARG001  Flower's signature
     (array,) = message.content["arrays"].to_numpy_ndarrays()
     content = {"arrays": ArrayRecord([array + 1]), "metrics": MetricRecord({"num-examples": 1, "loss": 0.0})}
     return Message(RecordDict(content), reply_to=message)
@@ -25,7 +25,7 @@ def train(message: Message, context: Context) -> Message:
 def main(grid: Grid, context: Context) -> None:
     config, ends = context.run_config, []
 
-    def after_round(round: int, arrays: ArrayRecord) -> MetricRecord:
+    def after_round(round: int, arrays: ArrayRecord) -> MetricRecord:  # noqa: ARG001
         ends.append(time.time())
         return MetricRecord({"round": round})
 

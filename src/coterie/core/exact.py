@@ -113,6 +113,10 @@ def mean(acc: Tree) -> tuple[Tree, float, int]:
         raise RunError("all updates have weight 0", "give clients positive weights, or weighting = 'uniform'")
 
     def leaf(hi: Tensor, lo: Tensor, like: Tensor) -> Tensor:
+        if hi.is_floating_point() and native.fits(like):
+            made = torch.empty(hi.shape)
+            native.call("exact_mean", hi, lo, torch.tensor(weight, dtype=torch.float64), made, hi.numel())
+            return made
         if hi.is_floating_point():
             return ((hi + lo) / weight).to(like.dtype)
         return torch.round(hi.double() / count).to(like.dtype)
@@ -182,7 +186,7 @@ def _add_leaf(hi: Tensor, lo: Tensor, u: Tensor, weights: Sequence[float], scrat
     size = u.shape[1]
     factors = torch.tensor(weights, dtype=torch.float64, device=u.device).unsqueeze(1)
     if native.fits(u):  # the same sums to the bit, in one pass
-        native.call("exact_add", u.contiguous(), factors, hi, lo, n, size)
+        native.call("exact_add", u.contiguous(), factors, hi, lo, n, size, native.threads(u.numel()))
         return
     step = max(CHUNK // n, 1) if u.device.type == "cpu" else max(size, 1)
     for start in range(0, size, step):

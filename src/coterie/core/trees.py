@@ -109,7 +109,7 @@ def largest(leaf: Tensor) -> Tensor:
     flat = leaf.detach().reshape(len(leaf), -1)
     if native.fits(flat):
         found = torch.empty(len(flat), dtype=torch.float64)
-        native.call("exact_largest", flat.contiguous(), found, *flat.shape)
+        native.call("exact_largest", flat.contiguous(), found, *flat.shape, native.threads(flat.numel()))
         return found
     return torch.maximum(-flat.amin(1), flat.amax(1)).double().cpu()  # aminmax(dim=1) takes 25 times as long
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coterie.core.errors import ConfigError, DataError
-from coterie.core.seeds import Key, derive, rng
+from coterie.core.seeds import Key, derive, permutation, rng
 from coterie.core.types import ClientId
 from coterie.data.lazy import Lazy
 from coterie.data.types import ClientData, Dataset, Rows
@@ -166,7 +166,7 @@ def batches(
 
     def shuffled() -> Iterator[Rows]:
         for epoch in range(epochs):
-            rows = rng(derive(key, "epoch", epoch)).permutation(n)
+            rows = permutation(derive(key, "epoch", epoch), n)
             for start in range(0, end, size):
                 yield rows[start : start + size]
 

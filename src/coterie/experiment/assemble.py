@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coterie.aggregators import krum, mean
 from coterie.algorithms import ALGORITHMS, OPTIMIZERS, Local, gradient
 from coterie.backends import Device, InProcess, Pool, Site, Store, Trainer, ray_cluster, workers
-from coterie.core import Aggregator, Algorithm, ClientId, ConfigError, derive, seeded
+from coterie.core import Aggregator, Algorithm, ClientId, ConfigError, derive, native, seeded
 from coterie.data import (
     DATASETS,
     PARTITIONS,
@@ -128,6 +128,7 @@ def worker_site(
     memories: Store,
 ) -> Site:
     """A worker's site: as that of the process that assembled the config, whose trainer was of this kind."""
+    native.set_threads(config.backend["threads"])
     population = load_population(config, dataset)
     problem, _ = _problem(config, dataset, model)
     _, algorithm = _algorithm(config, len(population.clients))

@@ -84,6 +84,7 @@ def backend_settings(
     kind: Literal["inprocess", "ray"] = "inprocess",
     trainer: str | Section = "auto",
     workers: int = 1,
+    threads: int = 1,
     block: Literal["auto"] | int = "auto",
     compile: bool = False,
     precision: Literal["float32", "bfloat16"] = "float32",
@@ -94,10 +95,11 @@ def backend_settings(
 ) -> Section:
     """What `[backend]` takes: where clients train, and how.
 
-    workers: processes of this machine. address, actors, cpus, gpus: of a Ray cluster; actors are as many as
-    it has CPUs for, and cpus and gpus what each takes. block: clients that the vectorised trainer takes
-    together. compile: let torch.compile fuse its graphs (up to a minute at the start). precision: the type
-    it multiplies in.
+    workers: processes of this machine. threads: of each process, in which clients train side by side where
+    their training is a program, to the same bits. address, actors, cpus, gpus: of a Ray cluster; actors are
+    as many as it has CPUs for, and cpus and gpus what each takes. block: clients that the vectorised trainer
+    takes together. compile: let torch.compile fuse its graphs (up to a minute at the start). precision: the
+    type it multiplies in.
     """
     settings = dict(locals())
     for name in ("address", "actors", "cpus", "gpus"):
@@ -105,8 +107,9 @@ def backend_settings(
             raise ConfigError(f"backend.{name}: only a Ray cluster has it", 'set backend.kind = "ray"')
     if kind == "ray" and workers > 1:
         raise ConfigError("backend.workers: a Ray cluster has actors", "set backend.actors instead")
-    if workers < 1:
-        raise ConfigError(f"backend.workers = {workers}: must be >= 1")
+    for name in ("workers", "threads"):
+        if settings[name] < 1:
+            raise ConfigError(f"backend.{name} = {settings[name]}: must be >= 1")
     if block != "auto" and block < 2:
         raise ConfigError(f"backend.block = {block}: must be >= 2", '"auto" chooses by the model\'s size')
     return {name: value for name, value in settings.items() if value is not None}

@@ -164,10 +164,10 @@ def check(todo: Sequence[Cell], data_dir: Path | None = None) -> None:
 
 
 def _affordable(todo: Sequence[Cell]) -> int:
-    """How many runs the cores can hold, by the threads and the workers that each takes."""
+    """How many runs the cores can hold, by the workers and the threads that each takes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = [number(cell.config.backend.get("workers")) or 1 for cell in todo]
-    each = max(cell.config.run["threads"] * n for cell, n in zip(todo, workers, strict=True))
+    taken = ((cell.config.run["threads"], cell.config.backend) for cell in todo)
+    each = max(max(n, backend["threads"]) * (number(backend.get("workers")) or 1) for n, backend in taken)
     return max(1, int(cores // each))
 
 

@@ -6,10 +6,9 @@ gives, is the size of the vocabulary on both sides; `input_shape` is (T,).
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from coterie.core.errors import ConfigError
 
@@ -97,8 +96,8 @@ class Block(nn.Module):
 class CausalSelfAttention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V in each head (Vaswani et al. 2017, arXiv:1706.03762, eq. 1), never ahead.
 
-    Written out in plain operations, which vectorise over clients in any dtype. The rows of `qkv` give the
-    queries, keys and values of all heads, in this order, as in torch.nn.MultiheadAttention.
+    The rows of `qkv` give the queries, keys and values of all heads, in this order, as in
+    torch.nn.MultiheadAttention.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -109,15 +108,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
-        length = x.shape[1]
         q, k, v = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, d]
             for part in self.qkv(x).chunk(3, 2)
         )
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-        # Made here, for a buffer would be averaged and sent like every buffer.
-        ahead = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        mixed = scores.masked_fill(ahead, -math.inf).softmax(3) @ v
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 

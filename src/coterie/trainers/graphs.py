@@ -10,10 +10,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from coterie.trainers.ops import DIRECT, linear_step_
+from coterie.trainers.sequences import gelu_forward  # noqa: F401  registers the operator
 
 aten = torch.ops.aten
 LINEAR_FORWARD = torch.ops.coterie.linear_forward.default
 LINEAR_BACKWARD = torch.ops.coterie.linear_backward.default
+LINEAR_GELU = torch.ops.coterie.linear_gelu.default
+GELU_FORWARD = torch.ops.coterie.gelu_forward.default
 VIEWS = (aten.view.default, aten.permute.default, aten.detach.default, aten.expand.default)
 
 
@@ -37,6 +40,7 @@ def tidy(module: GraphModule) -> GraphModule:
             seen[key] = node
     for node in list(graph.nodes):
         _with_relu(node)
+        _with_gelu(graph, node)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
@@ -74,15 +78,44 @@ def _with_relu(node: Any) -> None:
     if _calls(node, aten.relu.default):
         (before,) = node.args
         if _calls(before, LINEAR_FORWARD) and len(before.users) == 1:
-            before.args = (*before.args[:3], True)
+            before.args = (*before.args[:3], True, *before.args[4:])
             node.replace_all_uses_with(before)
     elif _calls(node, aten.threshold_backward.default):
         slope, value, threshold = node.args
         if _calls(slope, getitem) and len(slope.users) == 1 and threshold == 0:
             whole = slope.args[0]
             if _calls(whole, LINEAR_BACKWARD) and slope.args[1] == 0 and whole.args[1] is value:
-                whole.args = (*whole.args[:5], True)
+                whole.args = (*whole.args[:5], True, *whole.args[6:])
                 node.replace_all_uses_with(slope)
+
+
+def _with_gelu(graph: torch.fx.Graph, node: Any) -> None:
+    """The same for GELU, whose slope the linear layer makes too."""
+    if _calls(node, GELU_FORWARD):
+        before, views = _behind(node.args[0])
+        if not (_calls(before, LINEAR_FORWARD) and not before.args[3] and views):
+            return
+        with graph.inserting_before(node):
+            both = graph.call_function(LINEAR_GELU, (*before.args[:3], node.args[1], *before.args[4:]))
+            for user in list(node.users):  # y, slope
+                one = graph.call_function(getitem, (both, user.args[1]))
+                user.replace_all_uses_with(graph.call_function(aten.view.default, (one, views[0].args[1])))
+    elif _calls(node, aten.mul.Tensor) and all(isinstance(each, Node) for each in node.args):
+        (whole, _), (slope, _) = map(_behind, node.args)
+        ours = _calls(whole, getitem) and len(whole.users) == 1 and whole.args[1] == 0
+        ours = ours and _calls(whole.args[0], LINEAR_BACKWARD) and not any(whole.args[0].args[6:7])
+        if ours and _calls(slope, getitem) and _calls(slope.args[0], LINEAR_GELU) and slope.args[1] == 1:
+            whole.args[0].args = (*whole.args[0].args[:6], slope, *whole.args[0].args[7:])
+            node.replace_all_uses_with(node.args[0])
+
+
+def _behind(node: Any) -> tuple[Any, list[Node]]:
+    """What a node is a view of, where nobody else looks at it or at views between, and those views."""
+    views = []
+    while _calls(node, aten.view.default) and len(node.users) == 1:
+        views.append(node)
+        node = node.args[0]
+    return node, views
 
 
 def _changes_nothing(node: Any) -> bool:
@@ -106,7 +139,7 @@ def _fused(graph: torch.fx.Graph, held: Any, update: Any, out: Node) -> Any:
             last = all(order[user] <= order[whole] for user in others)
             ours = _calls(whole, LINEAR_BACKWARD) and gradient.args[1] == 1 and whole.args[2] is held
             if ours and last and _moved(factor, whole, order):
-                whole.target, whole.args = linear_step_, (*whole.args, factor)
+                whole.target, whole.args = linear_step_, (*whole.args[:6], factor, *whole.args[6:])
                 return held
     with graph.inserting_after(max([*others, update], key=order.__getitem__)):
         if factor is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from coterie.core import native
-from coterie.trainers import ops
+from coterie.trainers import attention, ops, sequences
 from coterie.trainers.recurrent import Gru
 
 WIDE = 24  # input channels from which clients' convolutions are done one after the other
@@ -73,6 +73,11 @@ class Layers(TorchFunctionMode):
             self.note(made, "relu", args[0])
         return made
 
+    def bf16(self, *given: Tensor) -> bool:
+        """Do the kernels multiply these in bfloat16?"""
+        wanted = self.precision is torch.bfloat16
+        return wanted and native.fits(*given) and native.has("linear_forward_bf16")
+
     def note(self, made: Tensor, how: str, of: Any) -> None:
         """Remember how a tensor was made, until the layers are left."""
         self._made[id(made)] = (made, how, of)  # it is held, so its id is not given again
@@ -99,11 +104,10 @@ def conv(
         return NotImplemented
     sizes = [_sizes(each, n) for each in (stride, padding, dilation)]
     if layers.precision and x.dtype == torch.float32:
-        made = _Conv.apply(
-            x.to(layers.precision), weight.to(layers.precision), _to(bias, layers.precision), *sizes, groups
-        )
-        return made.float()
-    made = _Conv.apply(x, weight, bias, *sizes, groups)
+        p = layers.precision
+        made = _Conv.apply(x.to(p), weight.to(p), _to(bias, p), *sizes, groups).float()
+    else:
+        made = _Conv.apply(x, weight, bias, *sizes, groups)
     if n == 2 and groups == 1 and sizes[2] == [1, 1] and native.fits(x, weight):
         layers.note(made, "conv", (x, weight, bias, *sizes[:2]))  # a pooling may want to do it instead
     return made
@@ -114,11 +118,12 @@ def linear(layers: Layers, x: Tensor, weight: Tensor, bias: Any = None) -> Any:
     if x.dim() < 2 or weight.dim() != 2:
         return NotImplemented
     flat = x.reshape(-1, x.shape[-1])
-    if layers.precision and x.dtype == torch.float32:
+    bf16 = layers.bf16(x, weight)
+    if layers.precision and x.dtype == torch.float32 and not bf16:
         p = layers.precision
-        made = _Linear.apply(flat.to(p), weight.to(p), _to(bias, p)).float()
+        made = _Linear.apply(flat.to(p), weight.to(p), _to(bias, p), False).float()
     else:
-        made = _Linear.apply(flat, weight, bias)
+        made = _Linear.apply(flat, weight, bias, bf16)
     return made.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -143,25 +148,9 @@ def max_pool(
     source = x if before is None else before
     conv = layers.made(source, "conv")
     if conv is not None and options[2:] == ([0, 0], [1, 1], False):
-        return _ConvPool.apply(*conv, *options[:2], before is not None)[0]
+        return _ConvPool.apply(*conv, *options[:2], before is not None, layers.bf16(*conv[:2]))[0]
     pooled, _ = _MaxPool.apply(source, *options)
     return pooled if before is None else torch.relu(pooled)
-
-
-def embedding(
-    layers: Layers,
-    x: Tensor,
-    weight: Tensor,
-    padding_idx: Any = None,
-    max_norm: Any = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    """Rows of a table."""
-    if padding_idx is not None or max_norm is not None or scale_grad_by_freq or sparse:
-        return NotImplemented
-    return _Embedding.apply(x, weight)
 
 
 def dropout(layers: Layers, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -241,7 +230,7 @@ def gru(
     y, ends = x.transpose(0, 1) if batch_first else x, []
     for layer in range(depth):
         w_ih, w_hh, b_ih, b_hh = weights[4 * layer : 4 * layer + 4]
-        y, _ = Gru.apply(y, h[layer], w_ih, w_hh, b_ih, b_hh)
+        y, _ = Gru.apply(y, h[layer], w_ih, w_hh, b_ih, b_hh, layers.bf16(y, w_hh))
         ends.append(y[-1])
     return y.transpose(0, 1) if batch_first else y, torch.stack(ends)
 
@@ -271,7 +260,11 @@ TABLE: Table = {
     F.linear: linear,
     F.max_pool2d: max_pool,
     torch.max_pool2d: max_pool,
-    F.embedding: embedding,
+    F.embedding: sequences.embedding,
+    F.layer_norm: sequences.layer_norm,
+    F.gelu: sequences.gelu,
+    F.scaled_dot_product_attention: attention.attention,
+    F.multi_head_attention_forward: attention.multi_head_attention,
     F.dropout: dropout,
     F.batch_norm: batch_norm,
     F.group_norm: group_norm,
@@ -465,12 +458,12 @@ def _planes(x: Tensor) -> Tensor:
 
 class _Linear(Function):
     @staticmethod
-    def forward(x, w, b):
+    def forward(x, w, b, bf16):
         return F.linear(x, w, b)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, b = inputs
+        x, w, b, ctx.bf16 = inputs
         ctx.save_for_backward(x, w)
         ctx.bias = b is not None
 
@@ -478,31 +471,30 @@ class _Linear(Function):
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
         needs_x = ctx.needs_input_grad[0]
-        dx, dw, db = _LinearBack.apply(dy, x, w, needs_x, ctx.bias)
-        return dx if needs_x else None, dw, db if ctx.bias else None
+        dx, dw, db = _LinearBack.apply(dy, x, w, needs_x, ctx.bias, ctx.bf16)
+        return dx if needs_x else None, dw, db if ctx.bias else None, None
 
     @staticmethod
-    def vmap(info, in_dims, x, w, b):
-        n = info.batch_size
-        x, w, b = (ops.front(each, dim, n) for each, dim in zip((x, w, b), in_dims, strict=True))
+    def vmap(info, in_dims, x, w, b, bf16):
+        x, w, b = ops.in_front(info, in_dims, (x, w, b))
         if native.fits(x, w):
-            return ops.linear_forward(x, w, b, False), 0
+            return ops.linear_forward(x, w, b, False, bf16), 0
         return torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT), 0
 
 
 @ops.last("linear layer")
 class _LinearBack(Function):
     @staticmethod
-    def forward(dy, x, w, needs_x, bias):
+    def forward(dy, x, w, needs_x, bias, bf16):
         none = dy.new_empty(0)
         return dy @ w if needs_x else none, dy.mT @ x, dy.sum(0) if bias else none
 
     @staticmethod
-    def vmap(info, in_dims, dy, x, w, needs_x, bias):
+    def vmap(info, in_dims, dy, x, w, needs_x, bias, bf16):
         none = dy.new_empty(0)
         dy, x, w = ops.in_front(info, in_dims, (dy, x, w))
         if native.fits(dy, x, w):
-            made = ops.linear_backward(dy, x, w, needs_x, bias, False)
+            made = ops.linear_backward(dy, x, w, needs_x, bias, False, None, bf16)
             return made, (0 if needs_x else None, 0, 0 if bias else None)
         made = torch.bmm(dy, w) if needs_x else none, torch.bmm(dy.mT, x), dy.sum(1) if bias else none
         return made, (0 if needs_x else None, 0, 0 if bias else None)
@@ -550,43 +542,6 @@ class _MaxPoolBack(Function):
         return aten.max_pool2d_with_indices_backward(dy, x, *options, index).unflatten(1, (n, -1)), 1
 
 
-class _Embedding(Function):
-    @staticmethod
-    def forward(x, w):
-        return w[x]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, w = inputs
-        ctx.save_for_backward(x)
-        ctx.rows = w.shape[0]
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None, _EmbeddingBack.apply(dy, ctx.saved_tensors[0], ctx.rows)
-
-    @staticmethod
-    def vmap(info, in_dims, x, w):
-        n = info.batch_size
-        x, w = ops.front(x, in_dims[0], n), ops.front(w, in_dims[1], n)
-        return w.flatten(0, 1)[_own_rows(x, w.shape[1])], 0
-
-
-@ops.last("embedding")
-class _EmbeddingBack(Function):
-    @staticmethod
-    def forward(dy, x, rows):
-        return dy.new_zeros(rows, dy.shape[-1]).index_add(0, x.flatten(), dy.flatten(0, -2))
-
-    @staticmethod
-    def vmap(info, in_dims, dy, x, rows):
-        n = info.batch_size
-        dy, x = ops.front(dy, in_dims[0], n), ops.front(x, in_dims[1], n)
-        index = _own_rows(x, rows).flatten()
-        made = dy.new_zeros(n * rows, dy.shape[-1]).index_add(0, index, dy.flatten(0, -2))
-        return made.unflatten(0, (n, rows)), 0
-
-
 class _CrossEntropy(Function):
     """Scores with the classes last -> losses, softmax."""
 
@@ -622,10 +577,3 @@ class _CrossEntropyBack(Function):
             ops.front(each, dim, info.batch_size) for each, dim in zip((dl, p, y), in_dims, strict=False)
         )
         return ops.cross_entropy_backward(*given, ignored), 0
-
-
-def _own_rows(x: Tensor, rows: int) -> Tensor:
-    """Row numbers [clients, ...] in all clients' tables, one after the other; a wrong one is in none."""
-    clients = len(x)
-    first = (torch.arange(clients, device=x.device) * rows).view(-1, *[1] * (x.dim() - 1))
-    return torch.where((x >= 0) & (x < rows), x + first, clients * rows)

@@ -32,7 +32,8 @@ def rows_of(count: int, config: Mapping[str, Any], key: Key, *, least: int = 1) 
     if steps is not None:
         epochs = -(-steps * (size or count) // count) + least - 1  # at least `steps` batches
     least = least if count >= least else 1  # a client with a single row is left to fail
-    return islice(joined(batches(count, epochs=epochs, batch_size=size, key=key), least), steps)
+    drawn = batches(count, epochs=epochs, batch_size=size, key=key)
+    return islice(joined(drawn, least) if least > 1 else drawn, steps)
 
 
 def joined(drawn: Iterator[Rows], least: int) -> Iterator[Rows]:

@@ -1,4 +1,7 @@
-"""The kernels as torch operators on stacked clients; `trainers.layers` uses them, where `fits` says so."""
+"""The kernels as torch operators on stacked clients; `trainers.layers` uses them, where `fits` says so.
+
+bf16: round what is multiplied to bfloat16; the processor must have instructions for it.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 # ruff: noqa: ARG001
@@ -14,11 +17,15 @@ from torch.library import custom_op
 from coterie.core.native import call
 
 DIRECT: dict[Any, Callable[..., Any]] = {}  # operator -> the function itself, without torch's dispatcher
+KERNELS: dict[Callable[..., Any], bool] = {}  # functions that only call kernels; do these know strides?
+FINISH = {"RELU": 1, "GELU": 2, "GELU_TANH": 3, "TIMES": 4, "WHERE_POSITIVE": 5}  # as in product.h
 
 
-def _operator(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], *, strided: bool = False) -> Any:
+    """A decorator: the function becomes an operator of torch. strided: its tensors may have gaps."""
     made = custom_op(f"coterie::{function.__name__}", mutates_args=())(function)
     DIRECT[getattr(torch.ops.coterie, function.__name__).default] = function
+    KERNELS[function] = strided
     return made
 
 
@@ -51,6 +58,16 @@ def in_front(info: Any, in_dims: Sequence[int | None], given: Sequence[Any]) -> 
     return [front(each, dim, info.batch_size) for each, dim in zip(given, in_dims, strict=False)]
 
 
+def one(*given: Any) -> list[Any]:
+    """One client's tensors, as the kernels take them."""
+    return [each.unsqueeze(0) if isinstance(each, Tensor) else each for each in given]
+
+
+def lined(x: Tensor) -> Tensor:
+    """x with the last dimension's elements side by side, copied if need be."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def check(name: str, *pairs: tuple[Sequence[int] | None, Sequence[int]]) -> None:
     """Raise RuntimeError, as torch would, where a shape is not the one it must be: a kernel trusts them."""
     for found, wanted in pairs:
@@ -62,36 +79,59 @@ def _shape(x: Tensor | None) -> Sequence[int] | None:
     return None if x is None else x.shape
 
 
-@_operator
-def linear_forward(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
+@kernel
+def linear_forward(x: Tensor, w: Tensor, b: Tensor | None, relu: bool, bf16: bool = False) -> Tensor:
     """x [C, B, in], w [C, out, in], b [C, out] -> x w^T + b [C, B, out], or its ReLU."""
     clients, _, width = x.shape
     check("linear", (w.shape, (clients, w.shape[1], width)), (_shape(b), w.shape[:2]))
     x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
     y = x.new_empty(*x.shape[:2], w.shape[1])
-    call("linear_forward", x, w, b, y, relu, *x.shape, w.shape[1])
+    given = x, w, b, y, None, *_linear_room(x, w, bf16), FINISH["RELU"] if relu else 0
+    call(name("linear_forward", bf16), *given, *x.shape, w.shape[1])
     return y
 
 
 @linear_forward.register_fake
-def _(x, w, b, relu):
+def _(x, w, b, relu, bf16=False):
     return x.new_empty(*x.shape[:2], w.shape[1])
 
 
-@_operator
+@kernel
+def linear_gelu(
+    x: Tensor, w: Tensor, b: Tensor | None, tanh: bool, bf16: bool = False
+) -> tuple[Tensor, Tensor]:
+    """GELU of a linear layer, and its slope."""
+    clients, _, width = x.shape
+    check("linear", (w.shape, (clients, w.shape[1], width)), (_shape(b), w.shape[:2]))
+    x, w, b = x.contiguous(), w.contiguous(), None if b is None else b.contiguous()
+    y, slope = (x.new_empty(*x.shape[:2], w.shape[1]) for _ in range(2))
+    what = FINISH["GELU_TANH" if tanh else "GELU"]
+    given = x, w, b, y, slope, *_linear_room(x, w, bf16), what
+    call(name("linear_forward", bf16), *given, *x.shape, w.shape[1])
+    return y, slope
+
+
+@linear_gelu.register_fake
+def _(x, w, b, tanh, bf16=False):
+    return tuple(x.new_empty(*x.shape[:2], w.shape[1]) for _ in range(2))
+
+
+@kernel
 def linear_backward(
-    dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool, slope: Tensor | None = None,
+    bf16: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dy [C, B, out] -> gradients of x, of w and of the bias; an empty tensor for one that is not wanted.
 
-    relu: x comes from a ReLU, and the gradient is of what went into that.
+    relu, slope: x comes from a ReLU, or from what has this slope [C, B, in], and the gradient is of what went
+    into that.
     """
     w = w.contiguous()
-    return _back(dy, x, w, torch.empty_like(w), None, needs_x, bias, relu)
+    return _back(dy, x, w, torch.empty_like(w), None, needs_x, bias, relu, slope, bf16)
 
 
 @linear_backward.register_fake
-def _(dy, x, w, needs_x, bias, relu):
+def _(dy, x, w, needs_x, bias, relu, slope=None, bf16=False):
     return (
         x.new_empty(x.shape if needs_x else 0),
         w.new_empty(w.shape),
@@ -100,26 +140,43 @@ def _(dy, x, w, needs_x, bias, relu):
 
 
 def linear_step_(
-    dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool, factor: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, relu: bool, factor: Tensor,
+    slope: Tensor | None = None, bf16: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `linear_backward`, with w += factor * its gradient in place. factor: [C, 1, 1] or []."""
     factor = factor.expand(len(w), *factor.shape[1:]).reshape(-1).contiguous()
-    return _back(dy, x, w, w, factor, needs_x, bias, relu)
+    return _back(dy, x, w, w, factor, needs_x, bias, relu, slope, bf16)
 
 
 def _back(
-    dy: Tensor, x: Tensor, w: Tensor, dw: Tensor, factor: Tensor | None, needs_x: bool, bias: bool, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, w: Tensor, dw: Tensor, factor: Tensor | None, needs_x: bool, bias: bool,
+    relu: bool, slope: Tensor | None, bf16: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     clients, rows, width = x.shape
-    check("linear", (w.shape, (clients, w.shape[1], width)), (dy.shape, (clients, rows, w.shape[1])))
-    dy, x = dy.contiguous(), x.contiguous()
+    check(
+        "linear", (w.shape, (clients, w.shape[1], width)), (dy.shape, (clients, rows, w.shape[1])),
+        (_shape(slope), x.shape),
+    )  # fmt: skip
+    dy, x, slope = dy.contiguous(), x.contiguous(), None if slope is None else slope.contiguous()
     dx, db = torch.empty_like(x) if needs_x else None, w.new_empty(w.shape[:2]) if bias else None
-    call("linear_backward", dy, x, w, dw, db, dx, factor, relu, *x.shape, w.shape[1])
+    what = FINISH["WHERE_POSITIVE"] if relu else 0 if slope is None else FINISH["TIMES"]
+    given = dy, x, w, slope, dw, db, dx, factor, *_linear_room(x, w, bf16), what
+    call(name("linear_backward", bf16), *given, *x.shape, w.shape[1])
     none = x.new_empty(0)
     return none if dx is None else dx, dw, none if db is None else db
 
 
-@_operator
+def _linear_room(x: Tensor, w: Tensor, bf16: bool) -> list[Tensor]:
+    """Scratch memory, where a linear layer needs some."""
+    return [x.new_empty(call("linear_scratch_bf16", *x.shape[1:], w.shape[1]))] if bf16 else []
+
+
+def name(kernel: str, bf16: bool) -> str:
+    """What the kernel is called."""
+    return f"{kernel}_bf16" if bf16 else kernel
+
+
+@kernel
 def cross_entropy_forward(z: Tensor, y: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     """z [..., classes], y [...] -> losses [...], softmax [..., classes]. IndexError for a y of no class."""
     check("cross_entropy", (y.shape, z.shape[:-1]))
@@ -137,7 +194,7 @@ def _(z, y, ignored):
     return z.new_empty(y.shape), z.new_empty(z.shape)
 
 
-@_operator
+@kernel
 def cross_entropy_backward(dl: Tensor, p: Tensor, y: Tensor, ignored: int) -> Tensor:
     """The gradient of z, from that of the losses."""
     check("cross_entropy", (dl.shape, p.shape[:-1]), (y.shape, p.shape[:-1]))
@@ -151,10 +208,10 @@ def _(dl, p, y, ignored):
     return p.new_empty(p.shape)
 
 
-@_operator
+@kernel
 def conv_pool_forward(
     x: Tensor, w: Tensor, b: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    kernel: Sequence[int], pool_stride: Sequence[int], relu: bool,
+    kernel: Sequence[int], pool_stride: Sequence[int], relu: bool, bf16: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Max-pool of the convolution of x [C, B, H, W, in] with w [C, out, kh, kw, in], b [C, out]; with ReLU?
 
@@ -165,20 +222,21 @@ def conv_pool_forward(
     sizes = _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu)
     y = x.new_empty(_pooled(x, w, stride, padding, kernel, pool_stride))
     at = torch.empty_like(y, dtype=torch.int32)
-    call("conv_pool_forward", x, w, b, y, at, x.new_empty(call("conv_pool_scratch", *sizes)), *sizes)
+    scratch = x.new_empty(call(name("conv_pool_scratch", bf16), *sizes))
+    call(name("conv_pool_forward", bf16), x, w, b, y, at, scratch, *sizes)
     return y, at
 
 
 @conv_pool_forward.register_fake
-def _(x, w, b, stride, padding, kernel, pool_stride, relu):
+def _(x, w, b, stride, padding, kernel, pool_stride, relu, bf16=False):
     y = x.new_empty(_pooled(x, w, stride, padding, kernel, pool_stride))
     return y, torch.empty_like(y, dtype=torch.int32)
 
 
-@_operator
+@kernel
 def conv_pool_backward(
     dy: Tensor, at: Tensor, x: Tensor, w: Tensor, needs_x: bool, bias: bool, stride: Sequence[int],
-    padding: Sequence[int], kernel: Sequence[int], pool_stride: Sequence[int], relu: bool,
+    padding: Sequence[int], kernel: Sequence[int], pool_stride: Sequence[int], relu: bool, bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, of w and of the bias; an empty tensor for one that is not wanted."""
     pooled = _pooled(x, w, stride, padding, kernel, pool_stride)
@@ -186,14 +244,14 @@ def conv_pool_backward(
     dy, x, w = dy.contiguous(), x.contiguous(), w.contiguous()
     sizes = _conv_sizes(x, w, stride, padding, kernel, pool_stride, relu)
     dx, dw, db = _gradients(x, w, needs_x, bias)
-    scratch = x.new_empty(call("conv_pool_scratch", *sizes))
+    scratch = x.new_empty(call(name("conv_pool_scratch", bf16), *sizes))
     given = dx if needs_x else None, dw, db if bias else None, scratch
-    call("conv_pool_backward", dy, at, x, w, *given, *sizes)
+    call(name("conv_pool_backward", bf16), dy, at, x, w, *given, *sizes)
     return dx, dw, db
 
 
 @conv_pool_backward.register_fake
-def _(dy, at, x, w, needs_x, bias, stride, padding, kernel, pool_stride, relu):
+def _(dy, at, x, w, needs_x, bias, stride, padding, kernel, pool_stride, relu, bf16=False):
     return (
         x.new_empty(x.shape if needs_x else 0),
         w.new_empty(w.shape),
@@ -226,4 +284,4 @@ def _gradients(x, w, needs_x, bias):
     )
 
 
-KERNELS = {linear_step_, *DIRECT.values()}
+KERNELS[linear_step_] = False

@@ -10,17 +10,18 @@ before time, and what is made of a sequence has its order.
 # ruff: noqa: ARG001, D102
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_fake
 
 from coterie.core import native
 from coterie.trainers import ops
 
 
-@custom_op("coterie::gru_forward", mutates_args=())
+@partial(ops.kernel, strided=True)
 def gru_forward(
-    x: Tensor, h: Tensor, w: Tensor, u: Tensor, w_bias: Tensor, u_bias: Tensor
+    x: Tensor, h: Tensor, w: Tensor, u: Tensor, w_bias: Tensor, u_bias: Tensor, bf16: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x [C, T, B, in], h [C, B, H], w [C, 3H, in], u [C, 3H, H], biases [C, 3H].
 
@@ -35,7 +36,7 @@ def gru_forward(
     hidden, gates = _empty(x, size), x.new_empty(clients, steps, rows, 4 * size)
     if native.fits(x, h, w, u, w_bias, u_bias):
         rest = (each.contiguous() for each in (h, w, u, w_bias, u_bias))
-        native.call("gru_forward", _dense(x), *rest, _dense(hidden), gates, *_room(x, size))
+        native.call(ops.name("gru_forward", bf16), _dense(x), *rest, _dense(hidden), gates, *_room(x, size))
         return hidden, gates
     a = torch.baddbmm(w_bias.unsqueeze(1), x.flatten(1, 2), w.mT).view(clients, steps, rows, 3 * size)
     for t in range(steps):
@@ -51,15 +52,16 @@ def gru_forward(
     return hidden, gates
 
 
-@register_fake("coterie::gru_forward")
-def _(x, h, w, u, w_bias, u_bias):
+@gru_forward.register_fake
+def _(x, h, w, u, w_bias, u_bias, bf16=False):
     return _empty(x, h.shape[-1]), x.new_empty(*x.shape[:-1], 4 * h.shape[-1])
 
 
-@custom_op("coterie::gru_backward", mutates_args=())
+@partial(ops.kernel, strided=True)
 def gru_backward(
-    dhidden: Tensor, hidden: Tensor, gates: Tensor, x: Tensor, h: Tensor, w: Tensor, u: Tensor, needs_x: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dhidden: Tensor, hidden: Tensor, gates: Tensor, x: Tensor, h: Tensor, w: Tensor, u: Tensor, needs_x: bool,
+    bf16: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (or an empty tensor), h, w, u and the biases."""
     clients, steps, rows, size = hidden.shape
     ops.check(
@@ -74,7 +76,7 @@ def gru_backward(
         rest = (each.contiguous() for each in (h, w, u))
         into = None if dx is None else _dense(dx)
         made = (dh, dw, du, dw_bias, du_bias)
-        native.call("gru_backward", *given, *rest, into, *made, *_room(x, size))
+        native.call(ops.name("gru_backward", bf16), *given, *rest, into, *made, *_room(x, size))
         return x.new_empty(0) if dx is None else dx, dh, dw, du, dw_bias, du_bias
     da, db = x.new_empty(2, clients, steps, rows, 3 * size)  # db: of b; as da, but the last third times r
     dh = torch.zeros_like(h)
@@ -98,8 +100,8 @@ def gru_backward(
     return dx, dh, torch.bmm(da.mT, flat), torch.bmm(db.mT, before.flatten(1, 2)), da.sum(1), db.sum(1)
 
 
-@register_fake("coterie::gru_backward")
-def _(dhidden, hidden, gates, x, h, w, u, needs_x):
+@gru_backward.register_fake
+def _(dhidden, hidden, gates, x, h, w, u, needs_x, bf16=False):
     made = (each.new_empty(each.shape) for each in (h, w, u, u[..., 0], u[..., 0]))
     return _empty(x, x.shape[-1]) if needs_x else x.new_empty(0), *made
 
@@ -112,22 +114,25 @@ class Gru(torch.autograd.Function):
 
     @staticmethod
     def forward(*given):
-        return tuple(made[0] for made in gru_forward(*(each.unsqueeze(0) for each in given)))
+        *tensors, bf16 = given
+        return tuple(made[0] for made in gru_forward(*(each.unsqueeze(0) for each in tensors), bf16))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*output, *inputs[:4])
+        ctx.bf16 = inputs[-1]
 
     @staticmethod
     def backward(ctx, dhidden, _):
         needs_x = ctx.needs_input_grad[0]
-        dx, *rest = GruBack.apply(dhidden, *ctx.saved_tensors, needs_x)
-        return dx if needs_x else None, *rest
+        dx, *rest = GruBack.apply(dhidden, *ctx.saved_tensors, needs_x, ctx.bf16)
+        return dx if needs_x else None, *rest, None
 
     @staticmethod
     def vmap(info, in_dims, *given):
-        return gru_forward(*ops.in_front(info, in_dims, given)), (0, 0)
+        *tensors, bf16 = given
+        return gru_forward(*ops.in_front(info, in_dims, tensors), bf16), (0, 0)
 
 
 @ops.last("GRU")
@@ -136,14 +141,14 @@ class GruBack(torch.autograd.Function):
 
     @staticmethod
     def forward(*given):
-        *tensors, needs_x = given
-        made = gru_backward(*(each.unsqueeze(0) for each in tensors), needs_x)
+        *tensors, needs_x, bf16 = given
+        made = gru_backward(*(each.unsqueeze(0) for each in tensors), needs_x, bf16)
         return made[0][0] if needs_x else made[0], *(each[0] for each in made[1:])
 
     @staticmethod
     def vmap(info, in_dims, *given):
-        *tensors, needs_x = given
-        made = gru_backward(*ops.in_front(info, in_dims, tensors), needs_x)
+        *tensors, needs_x, bf16 = given
+        made = gru_backward(*ops.in_front(info, in_dims, tensors), needs_x, bf16)
         return made, (0 if needs_x else None, 0, 0, 0, 0, 0)
 
 
@@ -174,4 +179,4 @@ def _room(x: Tensor, size: int) -> tuple[Tensor, int, int, int, int, int, int, i
     clients, steps, rows, inputs = x.shape
     padded, both = (-(-size // 32) * 32), (-(-size // 32) - (-inputs // 32)) * 32
     order = (1, steps) if _batch_first(x) else (rows, 1)
-    return x.new_empty(6 * both * (padded + rows + 80)), clients, steps, rows, inputs, size, *order
+    return x.new_empty(12 * both * (padded + rows + 80)), clients, steps, rows, inputs, size, *order

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import mul
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from coterie.trainers.problem import Problem
 from coterie.trainers.programs import Program, program
 
 log = logging.getLogger("coterie")
+Laid = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # what `_laid_out` returns
 Shape = tuple[int, int]  # of a step: how many clients are computed, and how many rows in a batch
 SMALL = 100_000  # bytes of parameters below which an operation costs less than starting it
 LARGE = 1_000_000  # bytes of parameters from which padding costs more than a step without a graph
@@ -63,7 +64,7 @@ class Stepper:
     shared: leaves without a dimension for the clients; moving: leaves that a step replaces. fresh: leaves
     that the first step adds, as zeros of one client. draws: does it draw from the clients' seeds? graphs:
     what runs a step, by the shapes of a batch; programs: all steps of a client, likewise; ends: what finishes
-    a block. None: not possible, or not worth it yet.
+    a block; forms: of what that makes. None: not possible, or not worth it yet.
     """
 
     step: Callable[..., Tree]
@@ -77,11 +78,27 @@ class Stepper:
     graphs: dict[Any, Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
     programs: dict[Any, Program | None] = field(default_factory=dict)
     ends: dict[Any, Any] = field(default_factory=dict)
+    forms: dict[Any, list[TreeSpec]] = field(default_factory=dict)
 
     @property
     def dims(self) -> list[int | None]:
         """Where each leaf of the state has its dimension for the clients, for vmap."""
         return [None if path in self.shared else 0 for path in self.paths]
+
+
+class Ending(NamedTuple):
+    """What finishes the clients of a block."""
+
+    run: Callable[..., list[Tensor]]  # what they are told, then their state -> updates and memories, flat
+    told: dict[str, Tensor]  # how many steps each took, and the leaves of what was sent
+    shared: frozenset[str]  # those of them that are without a dimension for the clients
+    key: Any
+    form: list[TreeSpec]  # of what `run` has made
+
+    def made(self, flat: Sequence[Tensor]) -> tuple[Tree, Tree]:
+        """Updates and memories, or None."""
+        ups, *after = tree_unflatten(list(flat), self.form[0])
+        return ups, after[0] if after else None
 
 
 class Vectorised:
@@ -135,8 +152,8 @@ class Vectorised:
                 _watched(self.problem.training, self.layers) as (at, paths),
             ):
                 stepper, state = self._begin(algorithm, tasks, [None, None], datas[0])
-                state, _ = self._descend(stepper, state, datas, drawn, keys, check=True)
-                self._finish(algorithm, stepper, state, tasks, [1, 1])
+                state, _ = self._descend(stepper, state, _laid_out(datas, drawn), keys, check=True)
+                self._finish(stepper, self._ending(algorithm, stepper, tasks, [1, 1]), state)
         except RunError as error:
             return error.args[0], "its rows or clients depend on each other"
         except Exception as error:
@@ -204,8 +221,6 @@ class Vectorised:
         keys = [task_key(self.seed, task) for task in tasks]
         drawn = [self._drawn(task, key, data) for task, key, data in zip(tasks, keys, datas, strict=True)]
         order = sorted(range(len(tasks)), key=lambda i: -len(drawn[i]))
-        n = len(order)
-        order += order[-1:] if n == 1 else []  # a block of one has other bits than a block of two
         tasks, memories, datas = (
             [tasks[i] for i in order],
             [memories[i] for i in order],
@@ -213,19 +228,28 @@ class Vectorised:
         )
         keys, drawn = [keys[i] for i in order], [drawn[i] for i in order]
         stepper, state = self._begin(algorithm, tasks, memories, datas[0])
+        laid = _laid_out(datas, drawn)
+        ending = self._ending(algorithm, stepper, tasks, [len(rows) for rows in drawn])
         with torch.no_grad(), seeded(derive(keys[0], "torch")):
-            full = tasks[0].config.get("batch_size")
-            state, losses = self._descend(stepper, state, datas, drawn, keys, full=full)
-        ups, after = self._finish(algorithm, stepper, state, tasks, [len(rows) for rows in drawn])
+            made = self._by_program(stepper, state, laid, ending, tasks[0].config.get("batch_size"))
+            if made is None and len(tasks) > 1:
+                state, losses = self._descend(stepper, state, laid, keys)
+                made = *self._finish(stepper, ending, state), losses
+        if made is None:  # a graph's bits are others for a block of one than for a block of two
+            both, after = self._fit(algorithm, tasks * 2, memories * 2, datas * 2)
+            metrics = {name: values[:1] for name, values in both.metrics.items()}
+            first = Replies(tasks, _first(both.ups), both.weights[:1], metrics, both.samples[:1])
+            return first, None if after is None else _first(after)
+        ups, after, losses = made
         samples = [sum(map(len, rows)) for rows in drawn]
         replies = Replies(
-            tasks[:n],
-            _first(ups, n),
-            [weight_of(task, data) for task, data in zip(tasks[:n], datas[:n], strict=True)],
-            {"loss": [loss / seen for loss, seen in zip(losses.tolist()[:n], samples[:n], strict=True)]},
-            samples[:n],
+            tasks,
+            ups,
+            [weight_of(task, data) for task, data in zip(tasks, datas, strict=True)],
+            {"loss": [loss / seen for loss, seen in zip(losses.tolist(), samples, strict=True)]},
+            samples,
         )
-        return replies, None if after is None else _first(after, n)
+        return replies, after
 
     def _drawn(self, task: Task, key: Key, data: ClientData | Held) -> list[Rows]:
         count, least = count_of(data), self.problem.least_rows
@@ -234,7 +258,7 @@ class Vectorised:
     def _begin(
         self, algorithm: Algorithm, tasks: Sequence[Task], memories: Sequence[Tree], data: ClientData | Held
     ) -> tuple[Stepper, dict[str, Tensor]]:
-        """The algorithm's step, and the state that it starts from."""
+        """The algorithm's step, and the state that it starts from, which may be the same memory for all."""
         work, config, down = algorithm.client_work, tasks[0].config, tasks[0].down
         if work.remember is not None:
             memories = [
@@ -258,15 +282,9 @@ class Vectorised:
             self.steppers[key] = self._stepper(algorithm, leaves, batched, spec, data)
         stepper, clients, state = self.steppers[key], len(tasks), {}
         for path in stepper.paths:
-            leaf = leaves.get(path)
-            if leaf is None:
-                state[path] = stepper.fresh[path].expand(clients, *stepper.fresh[path].shape).clone()
-            elif path in stepper.shared:
-                state[path] = leaf
-            else:
-                state[path] = (leaf if path in batched else leaf.expand(clients, *leaf.shape)).clone(
-                    memory_format=torch.contiguous_format
-                )
+            leaf = leaves[path] if path in leaves else stepper.fresh[path]
+            as_it_is = path in batched or path in stepper.shared
+            state[path] = leaf if as_it_is else leaf.expand(clients, *leaf.shape)
         return stepper, state
 
     def _stepper(
@@ -337,29 +355,22 @@ class Vectorised:
     def _descend(
         self,
         stepper: Stepper,
-        state: dict[str, Tensor],
-        datas: Sequence[ClientData | Held],
-        drawn: Sequence[Sequence[Rows]],
+        state: Mapping[str, Tensor],
+        laid: Laid,
         keys: Sequence[Key],
         *,
-        full: int | None = None,
         check: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """All local steps of a block, the busiest clients first. Returns the state and the summed losses.
 
-        full: rows of a full batch. check: compare each step's gradient with plain torch.
+        check: compare each step's gradient with plain torch.
         """
-        begun, clients = state, len(drawn)
-        x, y, index, mask, lengths = _laid_out(datas, drawn)
-        if not check and index.shape[2] == full and len(index) >= RECORD_FROM:
-            found = self._program(stepper, state, x, y, full)
-            if found is not None:
-                steps = (lengths > 0).sum(0).tolist()
-                per_client = index.transpose(0, 1), mask.transpose(0, 1)
-                each = found.train(state, stepper.shared, (x, y), *per_client, steps)
-                self.rows[0] += sum(steps) * full
-                self.rows[1] += int(lengths.sum())
-                return state, (each.double() * lengths.T).sum(1)
+        x, y, index, mask, lengths = laid
+        state = {  # what a step changes in place
+            path: leaf if path in stepper.shared else leaf.clone(memory_format=torch.contiguous_format)
+            for path, leaf in state.items()
+        }
+        begun, clients = state, len(keys)
         seeds = torch.tensor([_seed(key) if stepper.draws else 0 for key in keys])
         losses, seen = torch.zeros(clients, dtype=torch.float64), lengths.double()
         working = (lengths > 0).sum(1).tolist()  # clients, in each step
@@ -400,21 +411,56 @@ class Vectorised:
             state[path] = torch.cat([state[path][:left], *(part[path] for part in reversed(done))])
         return {**begun, **{path: state[path] for path in stepper.moving}}, losses
 
+    def _by_program(
+        self, stepper: Stepper, state: Mapping[str, Tensor], laid: Laid, ending: Ending, full: int | None
+    ) -> tuple[Tree, Tree, Tensor] | None:
+        """Stacked updates, memories and summed losses of a block whose clients a program trains; else None.
+
+        full: rows of a full batch.
+        """
+        x, y, index, mask, lengths = laid
+        if index.shape[2] != full or len(index) < RECORD_FROM:
+            return None
+        found = self._program(stepper, state, ending, x, y, full)
+        if found is None:
+            return None
+        steps = (lengths > 0).sum(0).tolist()
+        leaves, shared = {**ending.told, **state}, stepper.shared | ending.shared
+        flat, losses = found.train(
+            leaves,
+            shared,
+            (x, y),
+            index.transpose(0, 1),
+            mask.transpose(0, 1),
+            steps,
+            native.threads(),
+        )
+        self.rows[0] += sum(steps) * full
+        self.rows[1] += int(lengths.sum())
+        return *ending.made(flat), (losses.double() * lengths.T).sum(1)
+
     def _program(
-        self, stepper: Stepper, state: Mapping[str, Tensor], x: Tensor, y: Tensor, size: int
+        self, stepper: Stepper, state: Mapping[str, Tensor], ending: Ending, x: Tensor, y: Tensor, size: int
     ) -> Program | None:
-        """What takes all steps of a client by itself, where all of a step is in kernels."""
-        key = (size, x.shape[1:], x.dtype, y.shape[1:], y.dtype)
+        """What trains a client by itself, where all of its steps and its end is in kernels."""
+        key = (ending.key, size, x.shape[1:], x.dtype, y.shape[1:], y.dtype)
         if key not in stepper.programs:
-            one = {path: leaf if path in stepper.shared else leaf[:1] for path, leaf in state.items()}
-            rows = torch.arange(size) % len(x)
-            batch = (x[rows].unsqueeze(0), y[rows].unsqueeze(0), torch.ones(1, size), torch.zeros(1).long())
-            plain = self.precision == "float32" and not self.compile and native.library() is not None
-            if plain:
-                graph = in_place(self._graph(stepper, one, batch), _params(one))
-                stepper.programs[key] = program(graph, one, batch, stepper.moving, LOSS)
-            else:
-                stepper.programs[key] = None
+            stepper.programs[key] = None
+            if not self.compile and native.library() is not None:
+                one = {path: leaf if path in stepper.shared else leaf[:1] for path, leaf in state.items()}
+                told = {
+                    path: leaf if path in ending.shared else leaf[:1] for path, leaf in ending.told.items()
+                }
+                rows = torch.arange(size) % len(x)
+                batch = (
+                    x[rows].unsqueeze(0),
+                    y[rows].unsqueeze(0),
+                    torch.ones(1, size),
+                    torch.zeros(1).long(),
+                )
+                step = in_place(self._graph(stepper, one, batch), _params(one))
+                end = tidy(make_fx(ending.run)(*told.values(), *one.values()))
+                stepper.programs[key] = program(step, end, one, told, batch, stepper.moving, LOSS)
         return stepper.programs[key]
 
     def _runner(
@@ -490,39 +536,41 @@ class Vectorised:
                         'its rows or clients depend on each other: set backend.trainer = "loop"',
                     )
 
-    def _finish(
-        self,
-        algorithm: Algorithm,
-        stepper: Stepper,
-        state: Mapping[str, Tensor],
-        tasks: Sequence[Task],
-        steps: Sequence[int],
-    ) -> tuple[Tree, Tree]:
-        """Stacked updates and memories. A graph of it is recorded when the same is asked for again."""
+    def _ending(
+        self, algorithm: Algorithm, stepper: Stepper, tasks: Sequence[Task], steps: Sequence[int]
+    ) -> Ending:
+        """What makes stacked updates and memories of the clients' state after their steps."""
         same = all(task.down is tasks[0].down for task in tasks)
         sent, spec = tree_flatten(tasks[0].down if same else _stacked([task.down for task in tasks]))
-        args = (torch.tensor(steps), *sent, *(state[path] for path in stepper.paths))
-        key = (same, str(spec), *(arg.shape for arg in args))
+        told = {"steps": torch.tensor(steps), **{f"sent {number}": leaf for number, leaf in enumerate(sent)}}
+        key = (same, spec)
+        if key not in stepper.forms:
+            stepper.forms[key] = []
+        form = stepper.forms[key]
+
+        def finish(steps: Tensor, *leaves: Tensor) -> list[Tensor]:
+            params, _, carry = tree_unflatten(list(leaves[len(sent) :]), stepper.spec)
+            down = tree_unflatten(list(leaves[: len(sent)]), spec)
+            up, memory = algorithm.client_work.finish(params, down, carry, steps)
+            flat, made = tree_flatten([up] if memory is None else [up, memory])
+            form[:] = [made]
+            return flat
+
+        run = vmap(finish, in_dims=(0, *[None if same else 0] * len(sent), *stepper.dims))
+        return Ending(run, told, frozenset(told) - {"steps"} if same else frozenset(), key, form)
+
+    def _finish(self, stepper: Stepper, ending: Ending, state: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
+        """Stacked updates and memories. A graph of it is recorded when the same is asked for again."""
+        args = (*ending.told.values(), *state.values())
+        key = (ending.key, *(arg.shape for arg in args))
         again = key in stepper.ends
-        run, structure = stepper.ends.get(key) or (None, list[TreeSpec]())
-        if run is None:
-
-            def finish(steps: Tensor, *leaves: Tensor) -> list[Tensor]:
-                params, _, carry = tree_unflatten(list(leaves[len(sent) :]), stepper.spec)
-                down = tree_unflatten(list(leaves[: len(sent)]), spec)
-                up, memory = algorithm.client_work.finish(params, down, carry, steps)
-                flat, made = tree_flatten([up] if memory is None else [up, memory])
-                structure[:] = [made]
-                return flat
-
-            run = vmap(finish, in_dims=(0, *[None if same else 0] * len(sent), *stepper.dims))
+        run = stepper.ends.get(key) or ending.run
         with torch.no_grad():
             if again and not stepper.ends[key]:
                 run = make_fx(run)(*args).forward
             leaves = run(*args)
-        stepper.ends[key] = (run, structure) if again else None
-        ups, *after = tree_unflatten(list(leaves), structure[0])
-        return ups, after[0] if after else None
+        stepper.ends[key] = run if again else None
+        return ending.made(leaves)
 
 
 LOSS = "[2]['loss']"
@@ -562,9 +610,7 @@ def _batch(
     return kept, frozenset(batched), spec
 
 
-def _laid_out(
-    datas: Sequence[ClientData | Held], drawn: Sequence[Sequence[Rows]]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _laid_out(datas: Sequence[ClientData | Held], drawn: Sequence[Sequence[Rows]]) -> Laid:
     """All clients' inputs and targets, and which rows of them are in each batch.
 
     Returns x [rows, ...], y [rows, ...], index and mask [steps, clients, rows in a batch], and how many rows
@@ -584,9 +630,9 @@ def _laid_out(
     real = np.arange(lengths.max()) < lengths[:, :, None]  # [clients, steps, rows in a batch]
     index = np.empty(real.shape, dtype=np.int64)
     index[:] = np.array([rows[0] for rows in owned])[:, None, None]
-    index[real] = np.concatenate(
-        [rows[np.concatenate(batches)] for rows, batches in zip(owned, drawn, strict=True)]
-    )
+    begins = np.cumsum([0, *map(len, owned[:-1])])  # of each client's rows, in those of all
+    places = np.concatenate([rows for batches in drawn for rows in batches])
+    index[real] = np.concatenate(owned)[places + begins.repeat(lengths.sum(1))]
     if not real.all():  # the batch's own are padded with: 0 * NaN of others would be NaN
         index = np.where(real, index, index[:, :, :1])
     at, mask, taken = (torch.from_numpy(each).transpose(0, 1) for each in (index, real, lengths))
@@ -652,29 +698,32 @@ def _watched(module: nn.Module, layers: Layers) -> Iterator[tuple[list[str], dic
     """The layers that are being run now, outermost first, and what batched each of those that have run."""
     inside: list[str] = []
     paths: dict[str, str] = {}
+    outer: list[set[str]] = []  # what batched those around, so far
 
     def enter(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             inside.append(name)
+            outer.append(set(layers.used))
             layers.used.clear()
 
         return hook
 
-    def leave(name: str) -> Callable[..., None]:
+    def leave(name: str, *, leaf: bool) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             inside.pop()
-            paths.setdefault(name, ", ".join(sorted(layers.used)) or "vmap")  # then comes the reference
+            if leaf or layers.used:
+                paths.setdefault(name, ", ".join(sorted(layers.used)) or "vmap")  # then comes the reference
+            layers.used = outer.pop()
 
         return hook
 
     handles = []
     for name, layer in module.named_modules():
-        if not any(True for _ in layer.children()):
-            label = f"{name or 'model'} ({type(layer).__name__})"
-            handles += [
-                layer.register_forward_pre_hook(enter(label)),
-                layer.register_forward_hook(leave(label)),
-            ]
+        label, leaf = f"{name or 'model'} ({type(layer).__name__})", not any(True for _ in layer.children())
+        handles += [
+            layer.register_forward_pre_hook(enter(label)),
+            layer.register_forward_hook(leave(label, leaf=leaf)),
+        ]
     try:
         yield inside, paths
     finally:
@@ -711,8 +760,8 @@ def _row(tree: Tree, row: int) -> Tree:
     return trees.map_tree(lambda leaf: leaf[row].clone(), tree)
 
 
-def _first(tree: Tree, n: int) -> Tree:
-    return trees.map_tree(lambda leaf: leaf[:n], tree)
+def _first(tree: Tree) -> Tree:
+    return trees.map_tree(lambda leaf: leaf[:1], tree)
 
 
 def _out_of_memory(error: Exception) -> bool:

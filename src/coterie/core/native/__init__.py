@@ -25,18 +25,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FLAGS", "HERE", "SECONDS", "address", "call", "fits", "library", "listening", "log"]
+__all__ = [
+    "FLAGS", "HERE", "SECONDS", "WORTH", "address", "call", "fits", "has", "library", "listening", "log",
+    "set_threads", "threads",
+]  # fmt: skip
 
 _listener: Callable[[str, tuple[Tensor | int | None, ...]], None] | None = None
+_threads = 1
 log = logging.getLogger("coterie")
 HERE = Path(__file__).parent
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread")
 SECONDS = 300  # that the compiler may take
+WORTH = 1 << 20  # numbers that take a few hundred microseconds to read
 
 
 def fits(*tensors: Tensor) -> bool:
     """Can the kernels do it: is there a library, and is all of it float32 in this machine's memory?"""
     return library() is not None and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+
+
+def set_threads(count: int) -> int:
+    """Let kernels whose bits do not depend on it use so many threads from now on; return how many before.
+
+    They are not torch's, whose OpenMP threads spin between its operators and would be in the way of these.
+    """
+    global _threads
+    before, _threads = _threads, count
+    return before
+
+
+def threads(numbers: int | None = None) -> int:
+    """How many threads to use; as many as are worth their start, for a kernel that reads so many numbers."""
+    return _threads if numbers is None else min(_threads, 1 + numbers // WORTH)
+
+
+def has(name: str) -> bool:
+    """Is there this kernel? Those in bfloat16 need a processor with instructions for it."""
+    return hasattr(library(), name)
 
 
 @cache

@@ -8,7 +8,7 @@
    y, at [clients, batch, PH, PW, out]. at: the pixel oh * OW + ow of the convolution's output that won; -1
    where the ReLU made it 0. The convolution pads with zeros, the pool not at all; there must be at least one
    window. Scratch: as many floats as conv_pool_scratch says, for either function. dx, db may be NULL. */
-#include "vec.h"
+#include "factors.h"
 
 #if defined(__AVX512F__)
 #define PIXELS 14 /* in a tile of the forward: times two vectors of channels */
@@ -17,6 +17,8 @@
 #define PIXELS 6
 #define SUMS 12
 #endif
+#define TERMS (PIXELS - 1) /* in a tile of the backward of a first layer, times two vectors of channels */
+#define MAX_DENSE 32 /* terms that it may have */
 #define MAX_ROWS 5 /* a tile of the backward has at most so many rows of the kernel and */
 #define MAX_VECS 10 /* vectors in each */
 #define NEAR 6144 /* floats that should stay in the first cache */
@@ -46,8 +48,7 @@ typedef struct {
     int64_t pixel, stride; /* floats to the next pixel (patch), to the next row of the image */
 } Patches;
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t whole(int64_t n) { return (n + VL - 1) / VL * VL; }
+INLINE int64_t whole(int64_t n) { return round_up(n, VL); }
 
 static Shape shape_of(SIZES) {
     Shape s = {GIVEN, .K = 0};
@@ -98,73 +99,96 @@ static const ivec LANE = {
     8, 9, 10, 11, 12, 13, 14, 15,
 #endif
 };
-/* In an unrolled loop: one pointer that moves from row to row, not an offset held for each. */
-#define ONE_POINTER(p) __asm__("" : "+r"(p))
 #define LINE 16 /* floats that `take` may skip */
-
-#ifndef __clang__ /* it has no __builtin_shuffle */
-/* A block of `rows` times `cols`, at most VL each: exchange ever larger off-diagonal squares. */
-INLINE void transpose_block(float *to, int64_t to_stride, const float *from, int64_t from_stride, int rows,
-                            int cols) {
-    vec m[VL];
-    UNROLL for (int i = 0; i < VL; i++) {
-        m[i] = cols == VL ? load(from) : load_part(from, cols);
-        from += i + 1 < rows ? from_stride : 0; /* past the end the last row again: it is not stored */
-        ONE_POINTER(from);
-    }
-    UNROLL for (int s = 1; s < VL; s *= 2) {
-        const ivec low = LANE + (((LANE & s) != 0) & (VL - s)), high = low + s;
-        UNROLL for (int i = 0; i < VL; i++)
-            if (!(i & s)) {
-                const vec a = m[i], b = m[i + s];
-                m[i] = __builtin_shuffle(a, b, low), m[i + s] = __builtin_shuffle(a, b, high);
-            }
-    }
-    UNROLL for (int i = 0; i < VL; i++, to += to_stride) {
-        if (i == cols) break;
-        ONE_POINTER(to);
-        if (rows == VL) store(to, m[i]);
-        else store_part(to, m[i], rows);
-    }
-}
-#endif
-
-/* to[c][r] = from[r][c] */
-static void transpose(float *restrict to, int64_t to_stride, const float *restrict from, int64_t from_stride,
-                      int64_t rows, int64_t cols) {
-    int64_t done = 0;
-#ifndef __clang__
-    for (; cols - done > VL / 4; done += VL)
-        for (int64_t r = 0; r < rows; r += VL) {
-            const int some_rows = (int)smaller(VL, rows - r), some_cols = (int)smaller(VL, cols - done);
-            float *t = to + done * to_stride + r;
-            const float *f = from + r * from_stride + done;
-            if (some_rows == VL && some_cols == VL) transpose_block(t, to_stride, f, from_stride, VL, VL);
-            else transpose_block(t, to_stride, f, from_stride, some_rows, some_cols);
-        }
-#endif
-    for (int64_t c = done; c < cols; c++)
-        for (int64_t r = 0; r < rows; r++) to[c * to_stride + r] = from[r * from_stride + c];
-}
 
 /* ---- forward ---- */
 
-/* Of each row the channels, of each channel the columns in `stride_w` phases, so that neighbours in the
-   output are neighbours here. The margins are zero already. */
-static void lay_out(const Shape *s, const float *x, float *to, int64_t columns) {
-    const int64_t row = s->in * s->stride_w * columns;
+/* The image lies channel by channel in rows, so that neighbours in the output are neighbours in memory; with
+   bfloat16, pairs of channels, or of columns where there is one channel only. */
+INLINE int beside(const Shape *s) { return DEEP == 2 && s->in == 1 && s->stride_w == 1; }
+typedef struct {
+    int64_t columns, places; /* in a row of a channel; numbers or pairs of a pixel */
+    int64_t run, apart; /* weights, and numbers of the image, whose pairs follow each other */
+    int64_t terms; /* what is summed up: numbers or pairs */
+    int64_t image, weights, conv, spare;
+    int beside; /* are pairs of columns? */
+} Forward;
+static Forward forward_of(const Shape *s) {
+    Forward f = {.columns = (s->width + s->stride_w - 1) / s->stride_w};
+    f.beside = beside(s);
+    f.run = f.beside ? s->kw : s->in % DEEP ? s->in : s->K;
+    f.places = places(s->in), f.terms = s->K / f.run * places(f.run);
+    f.apart = s->in % DEEP ? s->in : s->H * s->W * s->in;
+    f.image = s->height * f.places * s->stride_w * f.columns;
+    f.weights = f.terms * s->lanes, f.conv = s->used * s->OW * s->lanes;
+    f.spare = DEEP == 1 || f.beside ? 0 : s->H * s->W * f.places;
+    return f;
+}
+
+/* offsets[term] = how far from a pixel's place what belongs to this term lies; every `step`th column */
+static void offsets_of(const Shape *s, int64_t columns, int64_t channels, int64_t step, int32_t *offsets) {
+    for (int64_t i = 0; i < s->kh; i++)
+        for (int64_t j = 0; j < s->kw; j += step)
+            for (int64_t c = 0; c < channels; c++)
+                *offsets++ = (int32_t)(((i * channels + c) * s->stride_w + j % s->stride_w) * columns +
+                                       j / s->stride_w);
+}
+
+/* Of each row the channels (or pairs of them), of each channel the columns in
+   `stride_w` phases. The margins are zero already. */
+static void lay_out(const Shape *s, const float *x, float *to, int64_t columns, int64_t channels) {
+    const int64_t row = channels * s->stride_w * columns;
     for (int64_t h = 0; h < s->H; h++) {
-        const float *from = x + h * s->W * s->in;
+        const float *from = x + h * s->W * channels;
         float *t = to + (h + s->pad_h) * row;
-        if (s->stride_w == 1) {
-            transpose(t + s->pad_w, columns, from, s->in, s->W, s->in);
-            continue;
-        }
-        for (int64_t i = 0; i < s->W; i++) {
+        if (channels * s->stride_w == 1) memcpy(t + s->pad_w, from, 4 * (size_t)s->W);
+        else if (s->stride_w == 1) transpose(from, channels, s->W, channels, t + s->pad_w, columns);
+        else for (int64_t i = 0; i < s->W; i++) {
             const int64_t at = i + s->pad_w;
-            for (int64_t c = 0; c < s->in; c++)
-                t[(c * s->stride_w + at % s->stride_w) * columns + at / s->stride_w] = from[i * s->in + c];
+            for (int64_t c = 0; c < channels; c++)
+                t[(c * s->stride_w + at % s->stride_w) * columns + at / s->stride_w] = from[i * channels + c];
         }
+    }
+}
+
+#ifdef BF16
+/* Rows of an image of one channel as pairs of neighbours in the padded row. */
+static void lay_out_beside(const Shape *s, const float *x, float *to, int64_t columns) {
+    for (int64_t h = 0; h < s->H; h++, x += s->W) {
+        float *row = to + (h + s->pad_h) * columns + s->pad_w;
+        if (s->pad_w) store_part(row - 1, pair((vec){0}, load_part(x, 1)), 1);
+        for (int64_t i = 0; i < s->W; i += VL) {
+            const int some = (int)smaller(VL, s->W - i), more = (int)smaller(VL, s->W - i - 1);
+            store_some(row + i, pair(load_some(x + i, some), load_some(x + i + 1, more)), some);
+        }
+    }
+}
+#endif
+
+/* Lays out what the forward pass reads; `spare` is for pairs of a pixel. */
+static void lay_out_terms(const Shape *s, const Forward *f, const float *x, float *spare, float *image) {
+#ifdef BF16
+    if (f->beside) {
+        lay_out_beside(s, x, image, f->columns);
+        return;
+    }
+    pack_rows(x, s->H * s->W * s->in / f->apart, f->apart, 1, spare);
+    x = spare;
+#endif
+    lay_out(s, x, image, f->columns, f->places);
+}
+
+/* Packs weights of one client: two vectors of channels side by side, term by term. */
+static void lay_out_weights(const Shape *s, const Forward *f, const float *w, float *spare, float *weights) {
+    for (int64_t o = 0; o < s->out; o += VL, w += VL * s->K) {
+        const int64_t panel = o / (2 * VL) * (2 * VL), width = smaller(2 * VL, s->lanes - panel);
+        const int64_t some = smaller(VL, s->out - o);
+        const float *from = w;
+#ifdef BF16
+        pack_rows(w, some * s->K / f->run, f->run, 1, spare);
+        from = spare;
+#endif
+        transpose(from, f->terms, some, f->terms, weights + panel * f->terms + o - panel, width);
     }
 }
 
@@ -179,8 +203,8 @@ INLINE void conv_tile(int P, int V, const float *x, const int32_t *offsets, int6
         vec wk[2];
         UNROLL for (int v = 0; v < V; v++) wk[v] = load(w + v * VL);
         UNROLL for (int p = 0; p < P; p++) {
-            const vec xp = splat(xk[p]);
-            UNROLL for (int v = 0; v < V; v++) acc[p][v] += xp * wk[v];
+            const vec xp = spread(xk + p);
+            UNROLL for (int v = 0; v < V; v++) acc[p][v] = dot(acc[p][v], xp, wk[v]);
         }
     }
     UNROLL for (int p = 0; p < P; p++)
@@ -203,79 +227,65 @@ static void conv_tiles(int P, int V, const float *x, const int32_t *offsets, int
 #undef CASE
 }
 
-/* As torch: the first of equal ones wins, and a NaN wins always. */
-INLINE void pool(const Shape *s, int64_t pool_h, int64_t pool_w, const float *conv, float *y, int32_t *at) {
-    for (int64_t h = 0; h < s->PH; h++)
-        for (int64_t w = 0; w < s->PW; w++, y += s->out, at += s->out)
-            for (int64_t o = 0; o < s->out; o += VL) {
-                const int64_t first = h * s->pool_stride_h * s->OW + w * s->pool_stride_w;
-                vec best = load(conv + first * s->lanes + o);
-                ivec where = (int32_t)first - (ivec){0};
-                UNROLL for (int64_t i = 0; i < pool_h; i++)
-                    UNROLL for (int64_t j = 0; j < pool_w; j++) {
-                        const int64_t pixel = first + i * s->OW + j;
-                        if (pixel == first) continue;
-                        const vec v = load(conv + pixel * s->lanes + o);
-                        const ivec wins = (v > best) | (v != v);
-                        best = either(wins, v, best);
-                        where = (ivec)either(wins, (vec)((int32_t)pixel - (ivec){0}), (vec)where);
-                    }
-                if (s->relu) {
-                    const ivec off = best <= (vec){0};
-                    best = (vec)((ivec)best & ~off);
-                    where |= off;
+/* A row of windows. As torch: the first of equal ones wins, and a NaN wins always. */
+INLINE void pool(const Shape *s, int64_t pool_h, int64_t pool_w, int64_t h, const float *conv, float *y,
+                 int32_t *at) {
+    for (int64_t w = 0; w < s->PW; w++, y += s->out, at += s->out)
+        for (int64_t o = 0; o < s->out; o += VL) {
+            const int64_t first = h * s->pool_stride_h * s->OW + w * s->pool_stride_w;
+            vec best = load(conv + first * s->lanes + o);
+            ivec where = (int32_t)first - (ivec){0};
+            UNROLL for (int64_t i = 0; i < pool_h; i++)
+                UNROLL for (int64_t j = 0; j < pool_w; j++) {
+                    const int64_t pixel = first + i * s->OW + j;
+                    if (pixel == first) continue;
+                    const vec v = load(conv + pixel * s->lanes + o);
+                    const ivec wins = (v > best) | (v != v);
+                    best = either(wins, v, best);
+                    where = (ivec)either(wins, (vec)((int32_t)pixel - (ivec){0}), (vec)where);
                 }
-                const int64_t n = s->out - o;
-                if (n >= VL) store(y + o, best), store((float *)at + o, (vec)where);
-                else store_part(y + o, best, (int)n), store_part((float *)at + o, (vec)where, (int)n);
+            if (s->relu) {
+                const ivec off = best <= (vec){0};
+                best = (vec)((ivec)best & ~off);
+                where |= off;
             }
+            const int64_t n = s->out - o;
+            if (n >= VL) store(y + o, best), store((float *)at + o, (vec)where);
+            else store_part(y + o, best, (int)n), store_part((float *)at + o, (vec)where, (int)n);
+        }
 }
 
-typedef struct {
-    int64_t columns, image, weights, conv;
-} Forward;
-static Forward forward_of(const Shape *s) {
-    const int64_t columns = (s->width + s->stride_w - 1) / s->stride_w;
-    return (Forward){columns, s->height * s->in * s->stride_w * columns, s->K * s->lanes,
-                     s->used * s->OW * s->lanes};
-}
-
-void conv_pool_forward(const float *x, const float *w, const float *b, float *y, int32_t *at, float *scratch,
-                       SIZES) {
+void NAME(conv_pool_forward)(const float *x, const float *w, const float *b, float *y, int32_t *at,
+                             float *scratch, SIZES) {
     const Shape s = shape_of(GIVEN);
     const Forward f = forward_of(&s);
     float *image = take(&scratch, f.image), *weights = take(&scratch, f.weights);
     float *bias = take(&scratch, s.lanes), *conv = take(&scratch, f.conv);
-    int32_t *offsets = (int32_t *)take(&scratch, s.K);
-    int64_t k = 0;
-    for (int64_t i = 0; i < kh; i++)
-        for (int64_t j = 0; j < kw; j++)
-            for (int64_t c = 0; c < in; c++)
-                offsets[k++] = (int32_t)(((i * in + c) * stride_w + j % stride_w) * f.columns + j / stride_w);
+    int32_t *offsets = (int32_t *)take(&scratch, f.terms);
+    float *spare = take(&scratch, f.spare), *narrowed = take(&scratch, VL * f.terms);
+    offsets_of(&s, f.columns, f.places, f.beside ? 2 : 1, offsets);
     memset(image, 0, 4 * (size_t)f.image);
     memset(weights, 0, 4 * (size_t)f.weights);
     memset(bias, 0, 4 * (size_t)s.lanes);
     const int64_t tiles = (s.OW + PIXELS - 1) / PIXELS, P = (s.OW + tiles - 1) / tiles;
     for (int64_t client = 0; client < clients; client++, w += out * s.K) {
         if (b) memcpy(bias, b + client * out, 4 * (size_t)out);
-        for (int64_t o = 0; o < out; o += VL) { /* two vectors of channels side by side, k by k */
-            const int64_t pair = o / (2 * VL) * (2 * VL), width = smaller(2 * VL, s.lanes - pair);
-            transpose(weights + pair * s.K + o - pair, width, w + o * s.K, s.K, smaller(VL, out - o), s.K);
-        }
-        for (int64_t sample = 0; sample < batch; sample++) {
-            lay_out(&s, x, image, f.columns);
-            for (int64_t o = 0; o < s.lanes; o += 2 * VL)
-                for (int64_t row = 0; row < s.used; row++)
-                    for (int64_t t = 0; t < tiles; t++) {
-                        const int64_t col = smaller(t * P, s.OW - P); /* the last may overlap its neighbour */
-                        conv_tiles((int)P, s.lanes - o > VL ? 2 : 1,
-                                   image + row * stride_h * in * stride_w * f.columns + col, offsets, s.K,
-                                   weights + o * s.K, bias + o, conv + (row * s.OW + col) * s.lanes + o,
-                                   s.lanes);
-                    }
-            if (pool_h == 2 && pool_w == 2) pool(&s, 2, 2, conv, y, at);
-            else pool(&s, pool_h, pool_w, conv, y, at);
-            x += H * W * in, y += s.PH * s.PW * out, at += s.PH * s.PW * out;
+        lay_out_weights(&s, &f, w, narrowed, weights);
+        for (int64_t sample = 0; sample < batch; sample++, x += H * W * in) {
+            lay_out_terms(&s, &f, x, spare, image);
+            for (int64_t h = 0, row = 0; h < s.PH; h++, y += s.PW * out, at += s.PW * out) {
+                for (; row < h * pool_stride_h + pool_h; row++) /* the rows that a row of windows needs */
+                    for (int64_t o = 0; o < s.lanes; o += 2 * VL)
+                        for (int64_t t = 0; t < tiles; t++) {
+                            const int64_t col = smaller(t * P, s.OW - P); /* the last may overlap another */
+                            conv_tiles((int)P, s.lanes - o > VL ? 2 : 1,
+                                       image + row * stride_h * f.places * stride_w * f.columns + col,
+                                       offsets, f.terms, weights + o * f.terms, bias + o,
+                                       conv + (row * s.OW + col) * s.lanes + o, s.lanes);
+                        }
+                if (pool_h == 2 && pool_w == 2) pool(&s, 2, 2, h, conv, y, at);
+                else pool(&s, pool_h, pool_w, h, conv, y, at);
+            }
         }
     }
 }
@@ -480,8 +490,8 @@ static void by_channel(const Shape *s, const float *dy, const int32_t *at, float
                        Winners *all, float *db) {
     const int64_t pixels = s->PH * s->PW, room = whole(pixels);
     int64_t n = 0;
-    transpose(turned_dy, room, dy, s->out, pixels, s->out);
-    transpose(turned_at, room, (const float *)at, s->out, pixels, s->out);
+    transpose(dy, s->out, pixels, s->out, turned_dy, room);
+    transpose((const float *)at, s->out, pixels, s->out, turned_at, room);
     for (int64_t o = 0; o < s->out; o++, turned_dy += room, turned_at += room) {
         vec total = {0};
         for (int64_t i = 0; i < pixels; i += VL) {
@@ -544,9 +554,127 @@ INLINE int64_t packed_size(const Patches *p, int64_t out) { return p->blocks * o
 /* Accumulators of a tile of dx: its weights of all channels should stay in the first cache. */
 INLINE int64_t near_sums(int64_t out) { return smaller(SUMS, NEAR / (out * VL) > 3 ? NEAR / (out * VL) : 3); }
 
+/* ---- backward of a first layer: few terms, and no gradient of the image ---- */
+
+/* There all pixels of the convolution's output are summed up over, winners or not: it needs no lists. With
+   bfloat16 pairs of pixels, which are those of a row of a window. */
+INLINE int dense(const Shape *s) {
+    const int apart = s->pool_stride_h >= s->pool_h && s->pool_stride_w >= s->pool_w;
+    if (DEEP == 2 && !(beside(s) && s->pool_w == 2 && s->pool_stride_w == 2)) return 0;
+    return apart && short_rows(s) && s->K <= MAX_DENSE;
+}
+INLINE int64_t across(const Shape *s) { return places(s->OW); }
+
+/* slopes[pixel or pair of them] = what comes back there; db += all of it. What no window covers is 0. */
+static void unpool(const Shape *s, const float *dy, const int32_t *at, float *slopes, float *db) {
+    for (int64_t h = 0; h < s->PH; h++)
+        for (int64_t w = 0; w < s->PW; w++, dy += s->out, at += s->out)
+            for (int64_t o = 0; o < s->out; o += VL) {
+                const int some = (int)smaller(VL, s->out - o);
+                const vec g = load_some(dy + o, some);
+                const ivec where = (ivec)load_some((const float *)at + o, some);
+                store(db + o, load(db + o) + (vec)((ivec)g & (where >= 0)));
+#ifdef BF16
+                const vec left = pair(g, (vec){0}), right = pair((vec){0}, g);
+#endif
+                for (int64_t i = 0; i < s->pool_h; i++) {
+                    const int64_t row = h * s->pool_stride_h + i, col = w * s->pool_stride_w;
+                    const int32_t pixel = (int32_t)(row * s->OW + col);
+                    float *to = slopes + (row * across(s) + col / DEEP) * s->lanes + o;
+#ifdef BF16
+                    store(to, either(where == pixel, left, (vec)((ivec)right & (where == pixel + 1))));
+#else
+                    for (int64_t j = 0; j < s->pool_w; j++)
+                        store(to + j * s->lanes, (vec)((ivec)g & (where == pixel + (int32_t)j)));
+#endif
+                }
+            }
+}
+
+/* T terms, V vectors of channels: dw[t] += sum over pixels of x[offsets[t] + pixel] * slopes[pixel] */
+INLINE void dense_tile(int T, int V, const Shape *s, const float *x, int64_t stride, const int32_t *offsets,
+                       const float *slopes, float *dw) {
+    vec acc[TERMS][2];
+    UNROLL for (int t = 0; t < T; t++)
+        UNROLL for (int v = 0; v < V; v++) acc[t][v] = load(dw + t * s->lanes + v * VL);
+    for (int64_t row = 0; row < s->used; row++, x += stride)
+        for (int64_t col = 0; col < s->OW; col += DEEP, slopes += s->lanes) {
+            vec slope[2];
+            UNROLL for (int v = 0; v < V; v++) slope[v] = load(slopes + v * VL);
+            UNROLL for (int t = 0; t < T; t++) {
+                const vec xt = spread(x + offsets[t] + col);
+                UNROLL for (int v = 0; v < V; v++) acc[t][v] = dot(acc[t][v], xt, slope[v]);
+            }
+        }
+    UNROLL for (int t = 0; t < T; t++)
+        UNROLL for (int v = 0; v < V; v++) store(dw + t * s->lanes + v * VL, acc[t][v]);
+}
+static void dense_tiles(int T, int V, const Shape *s, const float *x, int64_t stride, const int32_t *offsets,
+                        const float *slopes, float *dw) {
+#define CASE(t) case t:                                                                                      \
+    if (t > TERMS) break;                                                                                    \
+    if (V == 2) dense_tile(t, 2, s, x, stride, offsets, slopes, dw);                                         \
+    else dense_tile(t, 1, s, x, stride, offsets, slopes, dw);                                                \
+    break;
+    switch (T) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+#if TERMS > 5
+        CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13)
+#endif
+    }
+#undef CASE
+}
+
+static int64_t dense_scratch(const Shape *s) {
+    return forward_of(s).image + s->used * across(s) * s->lanes + (s->K + 1) * s->lanes + s->K + 5 * LINE;
+}
+
+static void dense_backward(const Shape *s, const float *dy, const int32_t *at, const float *x, float *dw,
+                           float *db, float *scratch) {
+    const Forward f = forward_of(s);
+    const int64_t some = s->used * across(s) * s->lanes;
+    float *image = take(&scratch, f.image), *slopes = take(&scratch, some);
+    float *made = take(&scratch, s->K * s->lanes), *bias = take(&scratch, s->lanes);
+    int32_t *offsets = (int32_t *)take(&scratch, s->K);
+    const int64_t stride = s->stride_h * s->in * s->stride_w * f.columns, outs = s->PH * s->PW * s->out;
+    const int64_t tiles = (s->K + TERMS - 1) / TERMS, T = (s->K + tiles - 1) / tiles;
+    offsets_of(s, f.columns, s->in, 1, offsets);
+    memset(image, 0, 4 * (size_t)f.image);
+    memset(slopes, 0, 4 * (size_t)some);
+    for (int64_t client = 0; client < s->clients; client++, dw += s->out * s->K) {
+        memset(made, 0, 4 * (size_t)(s->K * s->lanes));
+        memset(bias, 0, 4 * (size_t)s->lanes);
+        for (int64_t sample = 0; sample < s->batch; sample++, dy += outs, at += outs) {
+            lay_out_terms(s, &f, x, 0, image);
+            x += s->H * s->W * s->in;
+            unpool(s, dy, at, slopes, bias);
+            for (int64_t o = 0; o < s->lanes; o += 2 * VL)
+                for (int64_t t = 0; t < s->K; t += T)
+                    dense_tiles((int)smaller(T, s->K - t), s->lanes - o > VL ? 2 : 1, s, image, stride,
+                                offsets + t, slopes + o, made + t * s->lanes + o);
+        }
+        transpose(made, s->lanes, s->K, s->out, dw, s->K);
+        if (db) memcpy(db + client * s->out, bias, 4 * (size_t)s->out);
+    }
+}
+
+#ifdef BF16
+void conv_pool_backward(const float *dy, const int32_t *at, const float *x, const float *w, float *dx,
+                        float *dw, float *db, float *scratch, SIZES);
+void NAME(conv_pool_backward)(const float *dy, const int32_t *at, const float *x, const float *w, float *dx,
+                              float *dw, float *db, float *scratch, SIZES) {
+    const Shape s = shape_of(GIVEN);
+    if (!dx && dense(&s)) dense_backward(&s, dy, at, x, dw, db, scratch);
+    else conv_pool_backward(dy, at, x, w, dx, dw, db, scratch, GIVEN);
+}
+#else
 void conv_pool_backward(const float *dy, const int32_t *at, const float *x, const float *w, float *dx,
                         float *dw, float *db, float *scratch, SIZES) {
     const Shape s = shape_of(GIVEN);
+    if (!dx && dense(&s)) {
+        dense_backward(&s, dy, at, x, dw, db, scratch);
+        return;
+    }
     const Patches image = patches_of(&s), columns = columns_of(&s);
     const Patches patches = short_rows(&s) ? columns : image;
     const int64_t pixels = s.PH * s.PW, padded = image.blocks * image.block, near = near_sums(out);
@@ -592,16 +720,18 @@ void conv_pool_backward(const float *dy, const int32_t *at, const float *x, cons
         repack(&patches, s.K, in, out, SUMS, dw, packed_dw, 0);
     }
 }
+#endif
 
-int64_t conv_pool_scratch(SIZES) {
+int64_t NAME(conv_pool_scratch)(SIZES) {
     const Shape s = shape_of(GIVEN);
     const Forward f = forward_of(&s);
     const Patches image = patches_of(&s), columns = columns_of(&s);
     const Patches patches = short_rows(&s) ? columns : image;
-    const int64_t forward = f.image + f.weights + s.lanes + f.conv + s.K + 6 * LINE;
+    const int64_t forward = f.image + f.weights + s.lanes + f.conv + (1 + VL) * f.terms + f.spare + 8 * LINE;
     const int64_t backward = packed_size(&patches, out) + packed_size(&image, out) + VL +
                              2 * image.blocks * image.block + (short_rows(&s) ? columns.block : 0) +
                              2 * s.OH * s.OW + 2 * whole(s.PH * s.PW) * out + 2 * (s.PH * s.PW * out + VL) +
                              2 * (s.PH * s.PW * pool_h * pool_w + out) + 16 * LINE;
-    return forward > backward ? forward : backward;
+    const int64_t most = forward > backward ? forward : backward, first = dense_scratch(&s);
+    return dense(&s) && first > most ? first : most;
 }

@@ -3,10 +3,9 @@
    Row (t, b) of a client's sequence is number t * step + b * row of it: time or batch comes first, as the
    caller likes. Weights are packed into panels of WIDE columns, [k][WIDE], and a panel times some rows is
    done in registers; what stands beyond the last column, and what comes of it, nobody looks at. `scratch` has
-   6 * S * (P + rows + 80) floats, where P is `size` rounded up to 32, and S is P + `in` rounded up to 32. */
-#include "vec.h"
+   12 * S * (P + rows + 80) floats, where P is `size` rounded up to 32, and S is P + `in` rounded up to 32. */
+#include "tile.h"
 
-#define WIDE (2 * VL) /* hidden units in a panel */
 #define HELD 80 /* rows whose share of the gradient of the weights is summed up at once */
 
 typedef uint32_t bits __attribute__((vector_size(4 * VL)));
@@ -14,8 +13,7 @@ typedef uint32_t bits __attribute__((vector_size(4 * VL)));
 /* e^x - 1 within about 1 ulp: 2^k (e^r - 1) + (2^k - 1), |r| <= ln(2) / 2, e^r by its polynomial of degree 6
  * (Chebyshev). x is kept within +-88, where a sigmoid has long been 0 or 1; NaN stays NaN. */
 INLINE vec exp_less_1(vec x) {
-    x = either(x < -88, splat(-88), x);
-    x = either(x > 88, splat(88), x);
+    x = greater(splat(-88), lesser(splat(88), x));
     vec shifted = x * 0x1.715476p+0f + 0x1.8p+23f; /* k is in the low bits of its fraction */
     vec k = shifted - 0x1.8p+23f, r = x - k * 0x1.63p-1f + k * 0x1.bd0106p-13f; /* ln(2) in two parts */
     vec scale = (vec)(((bits)shifted << 23) + 0x3f800000u);
@@ -33,84 +31,24 @@ INLINE vec hyperbolic(vec x) {
     return e / (2 + e);
 }
 
-/* How many of a vector's floats from j on are among the first `size`. */
-INLINE int left(int64_t size, int64_t j) { return size - j >= VL ? VL : size > j ? (int)(size - j) : 0; }
-
 /* Ask for memory that the next step will need: it is in no near cache, and this step still has much to do. */
 INLINE void fetch(const float *p, int64_t apart, int lines) {
     UNROLL for (int g = 0; g < lines; g++) __builtin_prefetch(p + g * apart, 0, 2);
-}
-
-/* out[i] = start[i] + sum over k of x[i, k] panel[k], each of `vecs` vectors; no start is zeros. */
-INLINE void tile(int rows, int vecs, int64_t depth, const float *x, int64_t x_i, int64_t x_k,
-                 const float *panel, int64_t panel_k, const float *start, int64_t start_i, float *out,
-                 int64_t out_i) {
-    vec made[TILE][2];
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < vecs; v++)
-            made[i][v] = start ? load(start + i * start_i + v * VL) : (vec){0};
-    for (int64_t k = 0; k < depth; k++, x += x_k, panel += panel_k) {
-        vec low = load(panel), high = load(panel + (vecs - 1) * VL);
-        UNROLL for (int i = 0; i < rows; i++) {
-            vec each = splat(x[i * x_i]);
-            made[i][0] += each * low;
-            if (vecs == 2) made[i][1] += each * high;
-        }
-    }
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < vecs; v++) store(out + i * out_i + v * VL, made[i][v]);
-}
-
-/* The same for any number of rows, in tiles of about the same height. */
-static void product(int64_t rows, int vecs, int64_t depth, const float *x, int64_t x_i, int64_t x_k,
-                    const float *panel, int64_t panel_k, const float *start, int64_t start_i, float *out,
-                    int64_t out_i) {
-    for (int64_t tiles = (rows + TILE - 1) / TILE; tiles; tiles--) {
-        int high = (int)((rows + tiles - 1) / tiles);
-        switch (2 * high + vecs) {
-#define CASE(n, v) \
-    case 2 * n + v: \
-        if (n <= TILE) tile(n, v, depth, x, x_i, x_k, panel, panel_k, start, start_i, out, out_i); \
-        break;
-#define CASES(n) CASE(n, 1) CASE(n, 2)
-            CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) CASES(7) CASES(8) CASES(9) CASES(10)
-#undef CASES
-#undef CASE
-        }
-        rows -= high, x += high * x_i, start += high * start_i, out += high * out_i;
-    }
-}
-
-/* to[j, i] = from[i, j], in squares that stay in the cache. */
-static void transpose(const float *from, int64_t from_i, int64_t rows, int64_t columns, float *to,
-                      int64_t to_j) {
-    for (int64_t top = 0; top < rows; top += 16)
-        for (int64_t edge = 0; edge < columns; edge += 16)
-            for (int64_t j = edge; j < edge + 16 && j < columns; j++)
-                for (int64_t i = top; i < top + 16 && i < rows; i++) to[j * to_j + i] = from[i * from_i + j];
-}
-
-/* Panels of w [depth, columns], each of them [all, WIDE]. */
-static void pack(const float *w, int64_t depth, int64_t columns, float *out, int64_t all) {
-    for (int64_t k = 0; k < depth; k++)
-        for (int64_t j = 0; j < columns; j += VL)
-            store(out + j / WIDE * WIDE * all + k * WIDE + j % WIDE,
-                  load_some(w + k * columns + j, left(columns, j)));
 }
 
 /* x and w of the input, h and u of the state; a step's row of what is multiplied is [h, x]. */
 static void forward(const float *x, const float *h, const float *w, const float *u, const float *w_bias,
                     const float *u_bias, float *hidden, float *gates, float *scratch, int64_t steps,
                     int64_t rows, int64_t in, int64_t size, int64_t step, int64_t row) {
-    int64_t padded = (size + WIDE - 1) / WIDE * WIDE, both = size + in, one = padded * both;
+    int64_t padded = round_up(size, WIDE), both = places(size) + places(in), one = padded * both;
     float *start = scratch + 3 * one, *made = start + 4 * padded; /* r, z, b_n, a_n; made [rows, 4, WIDE] */
-    float *now = made + rows * 4 * WIDE, *next = now + rows * both; /* [rows, both] */
+    float *now = made + rows * 4 * WIDE, *spare = now + rows * both; /* [rows, both] */
     for (int64_t g = 0; g < 3; g++)
         for (int64_t p = 0; p < size; p += WIDE) {
             float *panel = scratch + g * one + p * both;
-            int64_t columns = size - p < WIDE ? size - p : WIDE;
-            transpose(u + (g * size + p) * size, size, columns, size, panel, WIDE);
-            transpose(w + (g * size + p) * in, in, columns, in, panel + size * WIDE, WIDE);
+            int64_t columns = smaller(WIDE, size - p);
+            pack_turned(u + (g * size + p) * size, columns, size, panel, spare);
+            pack_turned(w + (g * size + p) * in, columns, in, panel + places(size) * WIDE, spare);
         }
     for (int64_t j = 0; j < size; j++) {
         start[j] = w_bias[j] + u_bias[j];
@@ -118,35 +56,36 @@ static void forward(const float *x, const float *h, const float *w, const float 
         start[2 * padded + j] = u_bias[2 * size + j];
         start[3 * padded + j] = w_bias[2 * size + j];
     }
-    for (int64_t b = 0; b < rows; b++) memcpy(now + b * both, h + b * size, 4 * (size_t)size);
     for (int64_t t = 0; t < steps; t++) {
-        for (int64_t b = 0; b < rows; b++)
-            memcpy(now + b * both + size, x + (t * step + b * row) * in, 4 * (size_t)in);
+        const float *before = t ? hidden + (t - 1) * step * size : h;
+        const int64_t apart = (t ? row : 1) * size;
+        for (int64_t b = 0; b < rows; b++) {
+            pack_row(before + b * apart, size, now + b * both);
+            pack_row(x + (t * step + b * row) * in, in, now + b * both + places(size));
+        }
         for (int64_t p = 0; p < padded; p += WIDE) {
             for (int64_t g = 0; g < 4; g++) {
-                int64_t from = g < 3 ? 0 : size, to = g == 2 ? size : both; /* what part of [h, x] it is of */
+                /* what part of [h, x] it is of */
+                int64_t from = g < 3 ? 0 : places(size), to = g == 2 ? places(size) : both;
                 const float *panel = scratch + (g < 3 ? g : 2) * one + p * both + from * WIDE;
                 product(rows, 2, to - from, now + from, both, 1, panel, WIDE, start + g * padded + p, 0,
                         made + g * WIDE, 4 * WIDE);
             }
             for (int64_t j = p; j < p + WIDE && j < size; j += VL) {
-                int n = left(size, j);
+                int n = left(size - j);
                 for (int64_t b = 0; b < rows; b++) {
                     const float *mine = made + b * 4 * WIDE + (j - p);
                     float *to = gates + (t * rows + b) * 4 * size + j;
                     if (t + 1 < steps) fetch(to + rows * 4 * size, size, 4);
                     vec r = sigmoid(load(mine)), z = sigmoid(load(mine + WIDE)), bn = load(mine + 2 * WIDE);
                     vec new = hyperbolic(load(mine + 3 * WIDE) + r * bn);
-                    vec after = new + z * (load_some(now + b * both + j, n) - new);
+                    vec after = new + z * (load_some(before + b * apart + j, n) - new);
                     store_some(to, r, n), store_some(to + size, z, n);
                     store_some(to + 2 * size, new, n), store_some(to + 3 * size, bn, n);
                     store_some(hidden + (t * step + b * row) * size + j, after, n);
-                    store_some(next + b * both + j, after, n);
                 }
             }
         }
-        float *swapped = now;
-        now = next, next = swapped;
     }
 }
 
@@ -155,25 +94,30 @@ static void backward(const float *dhidden, const float *hidden, const float *gat
                      const float *h, const float *w, const float *u, float *dx, float *dh, float *dw,
                      float *du, float *dw_bias, float *du_bias, float *scratch, int64_t steps, int64_t rows,
                      int64_t in, int64_t size, int64_t step, int64_t row) {
-    int64_t padded = (size + WIDE - 1) / WIDE * WIDE, padded_in = (in + WIDE - 1) / WIDE * WIDE;
-    int64_t both = size + in, all = 3 * size, next = 3 * padded;
+    int64_t padded = round_up(size, WIDE), padded_in = round_up(in, WIDE), next = 3 * padded;
+    int64_t both = size + in, one = places(size), all = 3 * one;
     int64_t wide = 4 * size + 16; /* no power of 2, which would crowd a few sets of the cache */
     int64_t most = rows < HELD ? HELD / rows * rows : rows, held = 0;
     float *us = scratch, *ws = us + all * padded, *grown = ws + all * padded_in; /* grown [both, 3, padded] */
     float *carried = grown + both * next, *slopes = carried + rows * padded; /* [rows, padded] */
     float *states = slopes + most * wide, *made = states + most * both; /* [h, x] of each row; of dx */
-    pack(u + 2 * size * size, size, size, us, all);
-    pack(u, 2 * size, size, us + size * WIDE, all);
-    pack(w, all, in, ws, all);
+    /* what is multiplied of them: with weights [rows, 4, one], with each other */
+    float *across = DEEP == 1 ? slopes : made + most * WIDE, *slopes_down = slopes, *states_down = states;
+    const int64_t far = DEEP == 1 ? wide : 4 * one;
+    if (DEEP == 2) slopes_down = across + most * far, states_down = slopes_down + places(most) * wide + VL;
+    for (int64_t g = 0; g < 3; g++) {
+        pack_panels(u + (g + 2) % 3 * size * size, size, size, WIDE, all, us + g * one * WIDE);
+        pack_panels(w + g * size * in, size, in, WIDE, all, ws + g * one * WIDE);
+    }
     memset(grown, 0, 4 * (size_t)(both * next + rows * padded));
-    memset(du_bias, 0, 4 * (size_t)all);
-    memset(dw_bias, 0, 4 * (size_t)all);
+    memset(du_bias, 0, 12 * (size_t)size);
+    memset(dw_bias, 0, 12 * (size_t)size);
     for (int64_t t = steps - 1; t >= 0; t--) {
-        float *mine = slopes + held * wide, *state = states + held * both;
+        float *mine = slopes + held * wide, *state = states + held * both, *packed = across + held * far;
         for (int64_t b = 0; b < rows; b++)
             memcpy(state + b * both + size, x + (t * step + b * row) * in, 4 * (size_t)in);
         for (int64_t j = 0; j < size; j += VL) {
-            int n = left(size, j);
+            int n = left(size - j);
             vec sums[4] = {};
             for (int64_t b = 0; b < rows; b++) {
                 int64_t at = t * step + b * row;
@@ -198,21 +142,30 @@ static void backward(const float *dhidden, const float *hidden, const float *gat
                 store_some(of_w, load_some(of_w, n) + sums[g + 1], n);
             }
         }
+        for (int64_t b = 0; DEEP == 2 && b < rows; b++)
+            for (int64_t g = 0; g < 4; g++)
+                pack_row(mine + b * wide + g * size, size, packed + b * far + g * one);
         for (int64_t p = 0; p < padded; p += WIDE)
-            product(rows, 2, all, mine, wide, 1, us + p * all, WIDE, carried + p, padded, carried + p,
+            product(rows, 2, all, packed, far, 1, us + p * all, WIDE, carried + p, padded, carried + p,
                     padded);
         held += rows;
         if (held < most && t) continue;
+        if (DEEP == 2) {
+            pack_panels(slopes, held, wide, wide, 0, slopes_down);
+            pack_panels(states, held, both, both, 0, states_down);
+        }
         for (int64_t g = 0; g < 4; g++)
             for (int64_t p = 0; p < padded; p += WIDE) {
-                const float *panel = slopes + g * size + p;
+                const float *panel = slopes_down + g * size + p;
                 float *of_u = grown + g * padded + p, *of_w = grown + size * next + (g - 1) * padded + p;
-                if (g < 3) product(size, 2, held, states, 1, both, panel, wide, of_u, next, of_u, next);
-                if (g > 0) product(in, 2, held, states + size, 1, both, panel, wide, of_w, next, of_w, next);
+                const int64_t deep = places(held);
+                if (g < 3) product(size, 2, deep, states_down, 1, both, panel, wide, of_u, next, of_u, next);
+                if (g > 0)
+                    product(in, 2, deep, states_down + size, 1, both, panel, wide, of_w, next, of_w, next);
             }
         for (int64_t p = 0; dx && p < in; p += WIDE) {
             int vecs = in - p > VL ? 2 : 1;
-            product(held, vecs, all, slopes + size, wide, 1, ws + p * all, WIDE, 0, 0, made, WIDE);
+            product(held, vecs, all, across + one, far, 1, ws + p * all, WIDE, 0, 0, made, WIDE);
             for (int64_t k = 0; k < held; k++) {
                 int64_t at = (t + (held - rows) / rows - k / rows) * step + k % rows * row;
                 memcpy(dx + at * in + p, made + k * WIDE, 4 * (size_t)(in - p < WIDE ? in - p : WIDE));
@@ -230,7 +183,7 @@ static void backward(const float *dhidden, const float *hidden, const float *gat
 /* x [clients, sequence, in], h [clients, rows, size], w [clients, 3 size, in], u [clients, 3 size, size] and
    their biases [clients, 3 size] -> hidden [clients, sequence, size]; and, of each step and row, r, z, n and
    b_n: gates [clients, steps, rows, 4 size]. */
-void gru_forward(const float *x, const float *h, const float *w, const float *u, const float *w_bias,
+void NAME(gru_forward)(const float *x, const float *h, const float *w, const float *u, const float *w_bias,
                  const float *u_bias, float *hidden, float *gates, float *scratch, int64_t clients,
                  int64_t steps, int64_t rows, int64_t in, int64_t size, int64_t step, int64_t row) {
     int64_t all = steps * rows, three = 3 * size;
@@ -242,7 +195,7 @@ void gru_forward(const float *x, const float *h, const float *w, const float *u,
 
 /* dhidden [clients, sequence, size] and what gru_forward took and made -> the gradients of its inputs; that
    of x only where dx is not NULL. */
-void gru_backward(const float *dhidden, const float *hidden, const float *gates, const float *x,
+void NAME(gru_backward)(const float *dhidden, const float *hidden, const float *gates, const float *x,
                   const float *h, const float *w, const float *u, float *dx, float *dh, float *dw, float *du,
                   float *dw_bias, float *du_bias, float *scratch, int64_t clients, int64_t steps,
                   int64_t rows, int64_t in, int64_t size, int64_t step, int64_t row) {

@@ -63,13 +63,30 @@ INLINE float sum(vec v) {
 #endif
 }
 
+/* The smaller and the larger of two; the second where one is not a number. */
+INLINE vec lesser(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    ivec less = a < b;
+    return (vec)((less & (ivec)a) | (~less & (ivec)b));
+#endif
+}
+INLINE vec greater(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    ivec more = a > b;
+    return (vec)((more & (ivec)a) | (~more & (ivec)b));
+#endif
+}
+
 INLINE vec either(ivec which, vec yes, vec no) { return (vec)((which & (ivec)yes) | (~which & (ivec)no)); }
 
 /* e^x to 1.5 units in the last place; 0 becomes 1e-38 and infinity 2e38 or so, NaN stays NaN. */
 INLINE vec expv(vec x) {
     const vec high = splat(88.37f), low = splat(-87.33f), magic = splat(12582912.0f); /* 1.5 * 2^23 */
-    x = either(x > high, high, x);
-    x = either(x < low, low, x);
+    x = greater(low, lesser(high, x));
     vec shifted = x * 1.44269504f + magic, n = shifted - magic; /* x / ln 2, rounded */
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = splat(1.0f / 5040);
@@ -82,3 +99,6 @@ INLINE vec expv(vec x) {
     ivec power = ((ivec)shifted + 127) << 23; /* 2^n: the number stands in the lowest bits of `shifted` */
     return p * (vec)power;
 }
+
+/* In an unrolled loop: one pointer that moves from row to row, not an offset held for each. */
+#define ONE_POINTER(p) __asm__("" : "+r"(p))
