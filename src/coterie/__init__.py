@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from coterie.data import ClientData, Dataset, Examples, from_torch
     from coterie.errors import ConfigError, CoterieError, DataError, Interrupted, RunError
     from coterie.experiment import Config, Progress, Result, SweepProgress, SweepResult, load, run, sweep
+    from coterie.experiment.client import client
     from coterie.trainers import Context, Fit
 
 _ROOMS = {
@@ -46,6 +47,7 @@ _ROOMS = {
     "coterie.experiment": (
         "Config", "Progress", "Result", "SweepProgress", "SweepResult", "load", "run", "sweep",
     ),
+    "coterie.experiment.client": ("client",),
     "coterie.trainers": ("Context", "Fit"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -55,9 +57,9 @@ __version__ = _version("coterie")
 __all__ = [
     "Aggregator", "Algorithm", "ClientData", "ClientWork", "Config", "ConfigError", "Context", "CoterieError",
     "DataError", "Dataset", "Examples", "Fit", "Interrupted", "Key", "Local", "Optimizer", "Progress",
-    "Result", "RunError", "SweepProgress", "SweepResult", "derive", "dpsgd", "fedadagrad", "fedadam",
-    "fedasync", "fedavg", "fedavgm", "fedbuff", "fedprox", "fedsgd", "fedyogi", "from_torch", "krum", "load",
-    "mean", "rng", "run", "scaffold", "sweep",
+    "Result", "RunError", "SweepProgress", "SweepResult", "client", "derive", "dpsgd", "fedadagrad",
+    "fedadam", "fedasync", "fedavg", "fedavgm", "fedbuff", "fedprox", "fedsgd", "fedyogi", "from_torch",
+    "krum", "load", "mean", "rng", "run", "scaffold", "sweep",
 ]  # fmt: skip
 
 

@@ -1,0 +1,166 @@
+"""What sites do with data of their own, and with a training loop of their own; what operators see."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+
+from coterie import experiment, security
+from coterie.backends.network import operators
+from coterie.core import ConfigError, RunError
+from coterie.data import Dataset, Examples, digits, from_npz
+from coterie.storage import verify
+from deployment import SMALL, Deployment
+
+SITES = ("site-1", "site-2")
+CONFIG = {
+    **SMALL,
+    "name": "scans",
+    "data": {
+        "dataset": "sites",
+        "name": "scans",
+        "sites": list(SITES),
+        "input_shape": [1, 8, 8],
+        "classes": list("0123456789"),
+        "partition": {"kind": "natural", "column": "site"},
+        "holdout": 0.1,
+    },
+    "schedule": {"kind": "synchronous", "rounds": 3, "cohort": 2},
+    "run": {"evaluate_clients": True},
+}
+LOOP = """
+import sys
+import torch
+from torch import nn
+import coterie
+
+torch.manual_seed(0)
+x, y = torch.rand(64, 1, 8, 8), torch.randint(10, (64,))
+model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+with coterie.client() as federation:
+    for task in federation:
+        model.load_state_dict(dict(zip(model.state_dict(), task.params.values())))
+        optimizer = torch.optim.SGD(model.parameters(), lr=task.config["lr"])
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        task.reply(dict(zip(task.params, model.state_dict().values())), weight=len(y), metrics={"loss": 1.0})
+        print("round", task.round, flush=True)
+"""
+
+
+def halves():
+    """Each site's part of the digits, as stored."""
+    train = digits().train
+    images = train.x.numpy() * 15  # bytes up to 240
+    return [(images[n::2], train.y.numpy()[n::2]) for n in range(2)]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    home = tmp_path_factory.mktemp("deployed")
+    made = Deployment(home, server=("--metrics", "127.0.0.1:0"))
+    for name, (x, y) in zip(SITES, halves(), strict=True):
+        np.savez(home / name / "scans.npz", x=x, y=y, x_test=x[:1], y_test=y[:1])
+        loader = f'[data.scans]\ndataset = "npz"\npath = "{home / name / "scans.npz"}"\n'
+        loader += 'x_test = "x_test"\ny_test = "y_test"\n'
+        (home / name / "site.toml").write_text(loader)
+    made.start(ready=False)
+    made.metrics = made.processes["server"].hear("metrics on port").split()[-1]
+    for name in ("server", *SITES):
+        made.processes[name].hear("listening on" if name == "server" else "is connected")
+    yield made
+    made.close()
+
+
+def test_sites_train_on_their_own_rows_to_the_bits_of_one_process(federation, tmp_path):
+    run = federation.submit(CONFIG)
+    assert federation.watch(run) == {"status": "finished", "error": ""}
+    result = federation.result(run)
+    parts = halves()
+    loaded = from_npz(
+        federation.home / "site-1" / "scans.npz", x_test="x_test", y_test="y_test", name="scans"
+    )
+    pooled = Dataset(
+        "scans",
+        Examples(
+            torch.from_numpy(np.concatenate([x for x, _ in parts])),
+            torch.from_numpy(np.concatenate([y for _, y in parts])),
+            {"site": np.repeat(SITES, [len(y) for _, y in parts])},
+        ),
+        None,
+        tuple("0123456789"),
+        loaded.prepare,
+    )
+    data = {"dataset": "own", "partition": CONFIG["data"]["partition"], "holdout": 0.1}
+    here = experiment.run({**CONFIG, "data": data}, out=tmp_path / "run", dataset=pooled)
+    assert result["model_digest"] == here.model_digest
+    assert result["clients"]["accuracy_mean"] == pytest.approx(here.clients["accuracy_mean"])
+
+
+def test_ledgers_of_both_sides_tell_the_same_and_hold(federation):
+    run = federation.submit(CONFIG)
+    assert federation.watch(run)["status"] == "finished"
+    said = {}
+    for name in ("server", *SITES):
+        key = security.public_of(security.load_signing_key(federation.home / name))
+        entries = verify(federation.home / name / "ledger.jsonl", key)
+        kind = "received" if name == "server" else "reply"
+        said[name] = {
+            each.facts["digest"] for each in entries if each.kind == kind and each.facts["run"] == run
+        }
+    assert said["server"] == said["site-1"] | said["site-2"]
+    assert len(said["server"]) >= 6
+
+
+def test_a_policy_refuses_by_its_rule(federation):
+    policy = federation.home / "site-2" / "policy.toml"
+    before = policy.read_text()
+    policy.write_text('datasets = ["other"]\n')
+    try:
+        run = federation.submit({**CONFIG, "schedule": {**CONFIG["schedule"], "quorum": 2}})
+        ended = federation.watch(run)
+    finally:
+        policy.write_text(before)
+    assert ended["status"] == "failed"
+    assert "policy datasets: 'scans' is not open to runs" in ended["error"]
+
+
+def test_metrics_health_and_the_operators_view(federation):
+    def got(path):
+        with urllib.request.urlopen(f"http://127.0.0.1:{federation.metrics}{path}", timeout=10) as answer:
+            return answer.read().decode()
+
+    assert got("/readyz") == "ok\n"
+    assert "coterie_sites_connected 2.0" in got("/metrics")
+    with federation.channel() as channel:
+        assert [each["site"] for each in operators.ask(channel, "Sites")] == list(SITES)
+        with pytest.raises(ConfigError, match="no such run"):
+            operators.ask(channel, "Stop", operators.Which(run="nothing-1"))
+    with federation.channel("site-1") as channel, pytest.raises(RunError, match="operator is asked for"):
+        operators.ask(channel, "Runs")
+    with pytest.raises(ConfigError, match="did you mean 'fedavg'"):
+        federation.submit({**CONFIG, "algorithm": {"kind": "fedavgg"}})
+
+
+def test_a_training_script_takes_part(federation, tmp_path):
+    federation.processes.pop("site-2").end()
+    script = tmp_path / "loop.py"
+    script.write_text(LOOP)
+    env = {"COTERIE_SERVER": federation.address, "COTERIE_SITE": str(federation.home / "site-2")}
+    with subprocess.Popen(
+        [sys.executable, str(script)], env={**os.environ, **env}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            run = federation.submit({**CONFIG, "run": {"evaluate_clients": False}})
+            assert federation.watch(run)["status"] == "finished"
+            assert process.wait(30) == 0
+            assert process.stdout.read().split() == ["round", "0", "round", "1", "round", "2"]
+        finally:
+            process.kill()
+    rows = (federation.home / "server" / "runs" / run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["clients"]["answered"] for row in rows] == [2, 2, 2]
