@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint docs check bench-simulation clean
+.PHONY: help demo test lint docs check bench-simulation bench-network clean
 
 help:
 	@echo "make demo    federate a small digit classifier and write its report"
@@ -13,6 +13,7 @@ help:
 	@echo "make docs    build the documentation into site/"
 	@echo "make check   lint, test and docs"
 	@echo "make bench-simulation    the simulator against pfl and Flower (an hour; ARGS=... as run.py --help says)"
+	@echo "make bench-network    rounds between real processes, against Flower's deployment engine"
 	@echo "make clean   remove what builds and caches left; keeps $(VENV) and runs/"
 
 demo: $(VENV)/.installed
@@ -33,6 +34,9 @@ check: lint test docs
 
 bench-simulation: $(VENV)/.installed
 	$(BIN)/python benchmarks/simulation/run.py $(ARGS)
+
+bench-network: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/network/run.py $(ARGS)
 
 clean:
 	rm -rf site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
