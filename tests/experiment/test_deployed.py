@@ -164,3 +164,13 @@ def test_a_training_script_takes_part(federation, tmp_path):
             process.kill()
     rows = (federation.home / "server" / "runs" / run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["clients"]["answered"] for row in rows] == [2, 2, 2]
+
+
+def test_a_revoked_site_is_put_out_at_once(federation):
+    federation.start("site-2")
+    serial = security.identity_of((federation.home / "site-2" / "tls.crt").read_bytes()).serial
+    security.Authority.open(federation.home / "ca").revoke(serial)
+    with federation.channel() as channel:
+        operators.ask(channel, "Revoke", operators.Revoked(serials=[f"{serial:x}"]))
+    assert federation.processes["site-2"].process.wait(20) == 1
+    assert "is revoked" in federation.processes["site-2"].log.read_text()

@@ -48,7 +48,7 @@ def submit(
     from coterie.experiment.config import load, to_toml  # noqa: PLC0415
 
     text = to_toml(load(config, overrides or ()))
-    with _connected(server, identity, insecure) as (channel, signing):
+    with connected(server, identity, insecure) as (channel, signing):
         call = desk.Submit(config=text, signature=_signature(signing, text), quotas=_quotas(quotas or []))
         run = desk.ask(channel, "Submit", call)
         if not as_json:
@@ -68,7 +68,7 @@ def watch(
     insecure: Insecure = False,
 ) -> None:
     """Show how a run goes, and end as it ends."""
-    with _connected(server, identity, insecure) as (channel, _):
+    with connected(server, identity, insecure) as (channel, _):
         _watch(channel, run, as_json)
 
 
@@ -122,7 +122,7 @@ def fetch(
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: not an empty folder", "name another")
-    with _connected(server, identity, insecure) as (channel, _):
+    with connected(server, identity, insecure) as (channel, _):
         found = _one(channel, run)
         make_folder(out)
         for name in found["files"]:
@@ -171,7 +171,7 @@ def _table(
 ) -> None:
     from coterie.backends.network import operators as desk  # noqa: PLC0415
 
-    with _connected(server, identity, insecure) as (channel, _):
+    with connected(server, identity, insecure) as (channel, _):
         rows = desk.ask(channel, title)
     if as_json:
         for row in rows:
@@ -189,13 +189,13 @@ def _table(
 def _tell(method: str, run: str, server: str, identity: Path | None, insecure: bool) -> None:
     from coterie.backends.network import operators as desk  # noqa: PLC0415
 
-    with _connected(server, identity, insecure) as (channel, _):
+    with connected(server, identity, insecure) as (channel, _):
         desk.ask(channel, method, desk.Which(run=run))
     typer.echo(f"{run}: {method.lower()} asked for" if method == "Stop" else f"{run}: {method.lower()}d")
 
 
 @contextmanager
-def _connected(server: str, identity: Path | None, insecure: bool) -> Iterator[tuple[Any, Any]]:
+def connected(server: str, identity: Path | None, insecure: bool) -> Iterator[tuple[Any, Any]]:
     """A channel to the first server that answers, and the operator's credentials."""
     from coterie.backends.network import operators as desk  # noqa: PLC0415
     from coterie.cli.running import split_addresses  # noqa: PLC0415

@@ -150,14 +150,29 @@ def rotate(
 def revoke(
     which: Annotated[str, typer.Argument(metavar="NAME|SERIAL", help="NAME, ROLE/NAME or a serial number.")],
     ca: Ca = HERE,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT,...", help="Also tell this server, which closes open connections."),
+    ] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(envvar="COTERIE_IDENTITY", help="Folder of your keys (operator), with --server."),
+    ] = None,
 ) -> None:
     """Trust a party's certificates, or one of them, no more: at once and for good."""
     from coterie.security.pki import Authority  # noqa: PLC0415
 
     authority = Authority.open(ca)
-    for serial in authority.find(which):
+    serials = authority.find(which)
+    for serial in serials:
         authority.revoke(serial)
         typer.echo(f"revoked: serial {serial:x}")
+    if server is not None:
+        from coterie.backends.network import operators  # noqa: PLC0415
+        from coterie.cli.operate import connected  # noqa: PLC0415
+
+        with connected(server, identity, insecure=False) as (channel, _):
+            operators.ask(channel, "Revoke", operators.Revoked(serials=[f"{each:x}" for each in serials]))
 
 
 @pki.command("list")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import threading
 from collections.abc import Coroutine
 from typing import Any
@@ -34,6 +33,6 @@ def split_addresses(text: str) -> list[str]:
 
 
 def _end_with_input() -> None:
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the process ends
         pass
     os.kill(os.getpid(), signal.SIGTERM)

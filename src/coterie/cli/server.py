@@ -47,10 +47,11 @@ def server(
 ) -> None:
     """Coordinate a federation: sites connect here, operators submit runs."""
     from coterie.cli.running import serve_until_told  # noqa: PLC0415
-    from coterie.experiment import server as servers  # noqa: PLC0415
+    from coterie.experiment.office import Options  # noqa: PLC0415
     from coterie.experiment.queue import Quotas  # noqa: PLC0415
+    from coterie.experiment.server import serve  # noqa: PLC0415
 
-    options = servers.Options(
+    options = Options(
         home=folder,
         listen=listen,
         enrol=enrol,
@@ -65,4 +66,4 @@ def server(
         data_dir=data_dir,
         insecure=insecure,
     )
-    serve_until_told(servers.serve(options, typer.echo), text=log_text, tied=tied)
+    serve_until_told(serve(options, typer.echo), text=log_text, tied=tied)

@@ -124,6 +124,7 @@ class Host:
         self.config, self.keys = config or home, keys or home
         self.blobs = Blobs(home / "blobs")
         self.running: dict[str, Work] = {}
+        self.asked: dict[str, security.Job] = {}
         self.broken: dict[str, str] = {}
         self.sender: Sender
         self.policy = self._policy()
@@ -149,7 +150,10 @@ class Host:
 
     def work(self, run: str, tasks: Sequence[Task]) -> None:
         """Train these."""
-        if reason := self.broken.get(run, "" if run in self.running else "the run is not open here"):
+        reason = self.broken.get(run, "" if run in self.running else "the run is not open here")
+        if run in self.asked:
+            reason = reason or security.refusal(self.policy, self.asked[run], datetime.now().astimezone())
+        if reason:
             for task in tasks:
                 self.sender.fail(run, task.id, reason, "")
             return
@@ -170,6 +174,7 @@ class Host:
     def closed(self, run: str, status: str) -> None:
         """The run has ended: what it left here goes."""
         self.broken.pop(run, None)
+        self.asked.pop(run, None)
         if ended := self.running.pop(run, None):
             ended.close()
         if status in ("finished", "deleted"):
@@ -207,6 +212,7 @@ class Host:
             datasets=[named],
             privacy=privacy_of(config),
         )
+        self.asked[run.run] = asked
         reason = security.refusal(self.policy, asked)
         own = None
         if data.get("dataset") == "sites":

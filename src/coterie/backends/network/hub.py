@@ -148,6 +148,7 @@ class Hub:
         if why := course.declined.get(site):
             self.lose(course, [row[0] for row in assign.tasks], why)
             return
+        self.tell("assigned", site=site, run=assign.run, tasks=len(assign.tasks), **assign.down._asdict())
         self._say(site, assign)
         self._watch(site, seat)
 

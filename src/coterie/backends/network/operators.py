@@ -6,6 +6,7 @@ crosses as its kind, message and hint, and is raised again where it was asked fo
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,12 @@ class Wanted(Call):
     start: Annotated[int, Field(ge=0)] = 0
 
 
+class Revoked(Call):
+    """Serial numbers of certificates, in hexadecimal."""
+
+    serials: Annotated[list[Annotated[str, Field(pattern=r"^[0-9a-f]{1,40}$")]], Field(max_length=1000)]
+
+
 class Enrol(Call):
     """A token's id and secret, and a certificate signing request (PEM)."""
 
@@ -60,7 +67,10 @@ class Enrol(Call):
 
 
 class Desk(Protocol):
-    """What the server does for an operator; `who` is the identity of the certificate that asks."""
+    """What the server does for an operator; `who` is the identity of the certificate that asks.
+
+    All but `watch` and `fetch` are called in threads.
+    """
 
     def submit(self, who: Any, call: Submit) -> str:
         """Check and queue a run; return its name."""
@@ -80,6 +90,9 @@ class Desk(Protocol):
     def delete(self, run: str) -> None:
         """Remove a run that has ended, with all that it left."""
 
+    def revoke(self, serials: Sequence[str]) -> None:
+        """Close what was opened with these certificates."""
+
     def watch(self, run: str) -> AsyncIterator[dict[str, Any]]:
         """How it goes, from now on; the last has "status"."""
 
@@ -94,7 +107,8 @@ def operator_service(desk: Desk, admit: Callable[[Any], Any]) -> grpc.GenericRpc
         async def handle(data: bytes, context: Any) -> bytes:
             who = await admit(context)
             try:
-                return json.dumps(answer(who, _parsed(kind, data))).encode()
+                # in a thread: data is loaded to check a config, and a run may take a while to stop
+                return json.dumps(await asyncio.to_thread(answer, who, _parsed(kind, data))).encode()
             except CoterieError as error:
                 return await _abort(context, error)
 
@@ -118,6 +132,7 @@ def operator_service(desk: Desk, admit: Callable[[Any], Any]) -> grpc.GenericRpc
         "Stop": one(Which, lambda who, call: desk.stop(call.run)),
         "Resume": one(Which, lambda who, call: desk.resume(call.run)),
         "Delete": one(Which, lambda who, call: desk.delete(call.run)),
+        "Revoke": one(Revoked, lambda who, call: desk.revoke(call.serials)),
         "Watch": many(Which, lambda call: desk.watch(call.run)),
         "Fetch": many(Wanted, lambda call: desk.fetch(call.run, call.file, call.start)),
     }

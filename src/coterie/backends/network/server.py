@@ -7,7 +7,7 @@ off; `Renew` exchanges a certificate. A refusal is a gRPC status whose details s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -69,8 +69,9 @@ class Server:
     """Lets sites in.
 
     authorise: certificate (PEM) -> Identity; what it raises is the reason for a refusal. None: peers have no
-    certificates and are who they say they are. renew: (identity, signing request) -> certificate. more:
-    services beside the sites'.
+    certificates and are who they say they are. renew: (identity, signing request) -> certificate.
+    revoked: serial numbers that are not to be trusted, asked for at each message. more: services beside the
+    sites'.
     """
 
     def __init__(
@@ -79,11 +80,13 @@ class Server:
         *,
         authorise: Callable[[bytes], Identity] | None,
         renew: Callable[[Identity, bytes], bytes] | None = None,
+        revoked: Callable[[], Collection[int]] = tuple,
         more: Sequence[grpc.GenericRpcHandler] = (),
         software: str = "coterie",
         protocol: tuple[int, int] = PROTOCOL,
     ) -> None:
-        self.hub, self.authorise, self.renew, self.more = hub, authorise, renew, more
+        self.hub, self.authorise, self.renew = hub, authorise, renew
+        self.revoked, self.more = revoked, more
         self.software, self.protocol = software, protocol
         self._joined: set[asyncio.Task[Any]] = set()
         self._uploads: dict[tuple[str, str], asyncio.Task[int]] = {}  # site, digest -> what receives it
@@ -171,6 +174,9 @@ class Server:
         assert end is not None
         while (data := await uncut(context.read())) is not grpc.aio.EOF:
             if seat.outbox is outbox and not end.done():
+                if seat.identity is not None and seat.identity.serial in self.revoked():
+                    self.hub.revoke(seat.identity.serial)
+                    continue
                 try:
                     self.hub.take(site, seat, parse(data))
                 except BadMessage as error:
@@ -255,7 +261,7 @@ class Server:
         return identity
 
     async def _check(self, context: Any, identity: Identity) -> None:
-        if identity.serial in self.hub.revoked:
+        if identity.serial in self.hub.revoked or identity.serial in self.revoked():
             await _refuse(
                 context, f"the certificate of {identity.name} (serial {identity.serial}) is revoked"
             )

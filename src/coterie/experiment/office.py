@@ -1,0 +1,470 @@
+"""What a server does while it holds the lease: for sites by its hub, for operators as their desk."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from coterie import security
+from coterie.backends import telemetry
+from coterie.backends.network import Hub, NetworkBackend, RunOpened, Server, operators
+from coterie.core import ClientId, Tree, trees
+from coterie.core.errors import ConfigError, CoterieError
+from coterie.experiment.assemble import Parts
+from coterie.experiment.queue import Queue, Quotas
+from coterie.experiment.records import Progress
+from coterie.storage import Blobs, Ledger
+from coterie.storage.database import Database, Run
+
+SPARE = 1 << 20  # bytes that an update may have more than its tensors
+FILES = (
+    "result.json",
+    "report.html",
+    "metrics.jsonl",
+    "config.toml",
+    "clients.json",
+    "model.safetensors",
+    "run.log",
+)
+log = logging.getLogger("coterie")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a server is set up; `coterie server --help` explains each."""
+
+    home: Path
+    listen: str = "127.0.0.1:7443"
+    enrol: str | None = None
+    keys: Path | None = None
+    authority: Path | None = None
+    database: str | None = None
+    blobs: str | None = None
+    metrics: str | None = None
+    at_once: int = 2
+    silence: float = 120.0
+    quotas: Quotas = field(default_factory=Quotas)
+    data_dir: Path | None = None
+    insecure: bool = False
+
+
+class Office:
+    """The working half of a server, while it holds the lease: an `operators.Desk`."""
+
+    def __init__(self, options: Options, database: Database) -> None:
+        self.options, self.database = options, database
+        self.keys = options.keys or options.home
+        self.mine = None if options.insecure else security.credentials(self.keys)
+        if self.mine is not None and self.mine.identity.role != "server":
+            raise ConfigError(
+                f"{self.keys}: the certificate is that of {self.mine.identity}", "a server's is needed"
+            )
+        signing = self.mine.signing_key if self.mine else hashlib.sha256(b"insecure").digest()
+        self.ledger = Ledger(
+            options.home / "ledger.jsonl", partial(security.sign, signing), security.public_of(signing)
+        )
+        folder = options.authority or options.home / "ca"
+        self.authority = security.Authority.open(folder) if (folder / "ca.crt").exists() else None
+        self.loop = asyncio.get_running_loop()
+        blobs = Blobs(options.home / "blobs")
+        blobs.keep(())  # what runs still need is in their archives
+        self.hub = Hub(
+            blobs,
+            silence=options.silence,
+            verify=None if self.mine is None else _signed_by,
+            ended=self._ended,
+            tell=self._tell,
+        )
+        self.door = Server(
+            self.hub,
+            authorise=None if self.mine is None else self._site,
+            renew=self._renew if self.authority else None,
+            revoked=self.authority.revoked if self.authority else tuple,
+            more=[operators.operator_service(self, self._operator)],
+        )
+        self.queue = Queue(
+            database,
+            options.home,
+            self.hub.blobs,
+            self._connect,
+            at_once=options.at_once,
+            quotas=options.quotas,
+            home=options.blobs,
+            data_dir=options.data_dir,
+            watch=self._moved,
+            ended=self._over,
+        )
+        self.notes: queue.SimpleQueue[tuple[str, dict[str, Any]] | None] = queue.SimpleQueue()
+        self.clerk = threading.Thread(target=self._keep_ledger, name="ledger", daemon=True)
+        self.clerk.start()
+        self.latest: dict[str, Progress] = {}
+        self.watchers: dict[str, set[asyncio.Queue[dict[str, Any]]]] = {}
+
+    async def open(self, stack: AsyncExitStack) -> int:
+        """Listen, and go on with what another server left; return the port."""
+        options, credentials = self.options, None
+        if self.mine is not None:
+            credentials = grpc.dynamic_ssl_server_credentials(
+                _configuration(self.mine), _Rotation(self.keys), require_client_authentication=True
+            )
+        port = await self.door.start(options.listen, credentials)
+        stack.push_async_callback(self.door.stop)
+        if options.enrol:
+            if self.authority is None or self.mine is None:
+                raise ConfigError("--enrol needs the authority's folder", "name it with --ca DIR")
+            doorstep = grpc.aio.server(options=[("grpc.max_receive_message_length", 1 << 17)])
+            doorstep.add_generic_rpc_handlers([operators.enrolment_service(self._enrol)])
+            open_to_all = grpc.ssl_server_credentials([(self.mine.key, self.mine.certificate)])
+            doorstep.add_secure_port(options.enrol, open_to_all)
+            await doorstep.start()
+            stack.push_async_callback(doorstep.stop, None)
+        await asyncio.to_thread(self.queue.start)
+        stack.push_async_callback(asyncio.to_thread, self.queue.close)
+        self._count()
+        return port
+
+    def close(self) -> None:
+        """Write the ledger to its end and let go of it."""
+        self.notes.put(None)
+        self.clerk.join()
+        self.ledger.close()
+
+    def note(self, kind: str, **facts: Any) -> None:
+        """Have an entry written into the ledger, beside what goes on; many at once cost what one costs."""
+        self.notes.put((kind, facts))
+
+    def _keep_ledger(self) -> None:
+        ended = False
+        while not ended:
+            entries = [self.notes.get()]
+            while not self.notes.empty():
+                entries.append(self.notes.get())
+            ended = None in entries
+            try:
+                self.ledger.extend(each for each in entries if each is not None)
+            except CoterieError as error:
+                log.error("the ledger misses %d entries: %s", len(entries), error)
+
+    # for operators (operators.Desk)
+
+    def submit(self, who: Any, call: operators.Submit) -> str:
+        """Check the signature, the config and that its sites exist; queue the run."""
+        signed = security.canonical("config", {"config": call.config})
+        if self.mine is not None and not security.verify(who.signing_key, signed, _unhex(call.signature)):
+            raise ConfigError("submit: the signature does not fit the config", "sign it with your own key")
+        sites = sorted(name for name, seat in self.hub.seats.items() if seat.outbox is not None)
+        signer = None
+        if self.mine is not None:
+            signer = json.dumps(
+                {"name": who.name, "certificate": who.pem.decode(), "signature": call.signature}
+            )
+        asked = call.quotas
+        if unknown := set(asked) - set(Quotas._fields):
+            raise ConfigError(
+                f"quotas: {sorted(unknown)[0]!r} is unknown", f"there are: {', '.join(Quotas._fields)}"
+            )
+        rounds, size = (int(asked[name]) if name in asked else None for name in ("rounds", "bytes"))
+        quotas = Quotas(rounds, size, asked.get("seconds"))
+        run = self.queue.submit(
+            call.config, signer=signer, quotas=quotas, sites=sites, check=lambda parts: placed(parts, sites)
+        )
+        self.note(
+            "submitted",
+            run=run,
+            by=getattr(who, "name", ""),
+            config=hashlib.sha256(call.config.encode()).hexdigest(),
+        )
+        self._count()
+        return run
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Every run, the oldest first."""
+        return [self._line(run) for run in self.database.runs()]
+
+    def sites(self) -> list[dict[str, Any]]:
+        """Every site that was here since the server started."""
+        now = self.loop.time()
+        return [
+            {
+                "site": name,
+                "connected": seat.outbox is not None,
+                "seen": f"{now - seat.seen:.0f} s ago",
+                "tasks": seat.tasks,
+            }
+            for name, seat in sorted(self.hub.seats.items())
+        ]
+
+    def stop(self, run: str) -> None:
+        """Stop it."""
+        self.queue.stop(run)
+
+    def resume(self, run: str) -> None:
+        """Queue it again."""
+        self.queue.resume(run)
+
+    def delete(self, run: str) -> None:
+        """Remove it."""
+        self.queue.delete(run)
+
+    def revoke(self, serials: Sequence[str]) -> None:
+        """Close at once what was opened with these certificates (serial numbers, hexadecimal)."""
+        for serial in serials:
+            self.loop.call_soon_threadsafe(self.hub.revoke, int(serial, 16))
+        self.note("revoked", serials=list(serials))
+
+    async def watch(self, run: str) -> AsyncIterator[dict[str, Any]]:
+        """Its moments, and how it ended."""
+        heard: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.watchers.setdefault(run, set()).add(heard)
+        try:
+            known = self.database.run(run)
+            if latest := self.latest.get(run):
+                yield _moment(latest)
+            if known.status in ("queued", "running") or run in self.queue.places:
+                while "status" not in (told := await heard.get()):
+                    yield told
+                yield told
+            else:
+                yield {"status": known.status, "error": known.error}
+        finally:
+            self.watchers[run].discard(heard)
+
+    async def fetch(self, run: str, file: str, start: int) -> AsyncIterator[bytes]:
+        """A file of its folder."""
+        path = Path(self.database.run(run).folder) / file
+        if file not in FILES or not path.is_file():
+            raise ConfigError(f"run {run}: there is no file {file!r}", f"there may be: {', '.join(FILES)}")
+        with path.open("rb") as source:
+            source.seek(start)
+            while data := await asyncio.to_thread(source.read, 1 << 20):
+                yield data
+
+    # the parts' questions
+
+    def _connect(self, run: Run, parts: Parts, replay: Iterator[tuple[float, str]]) -> NetworkBackend:
+        """Open a run in the hub; called in the run's own thread."""
+        place_of = placed(parts, run.sites)
+        hosts: dict[str, list[ClientId]] = {site: [] for site in run.sites}
+        for client in parts.population.clients:
+            hosts.setdefault(place_of(client), []).append(client)
+        signer = json.loads(run.signer) if run.signer else {}
+        opening = RunOpened(
+            run=run.id, name=run.name, config=run.config, config_digest=run.digest,
+            signature=signer.get("signature", ""), signer=signer.get("certificate", ""),
+        )  # fmt: skip
+        template = expected(parts)
+        limit = trees.nbytes(template) + SPARE
+        opened = threading.Event()
+
+        def begin() -> None:
+            self.hub.open(opening, hosts, limit=limit)
+            opened.set()
+
+        self.loop.call_soon_threadsafe(begin)
+        opened.wait()
+        return NetworkBackend(
+            self.hub, run.id, place_of, replay=replay,
+            expected=lambda task: template if task.kind == "train" else {},
+        )  # fmt: skip
+
+    def _moved(self, run: str, progress: Progress) -> None:
+        """From a run's thread."""
+        self.loop.call_soon_threadsafe(self._heard, run, _moment(progress), progress)
+
+    def _heard(self, run: str, moment: dict[str, Any], progress: Progress) -> None:
+        before = self.latest.get(run)
+        if progress.round > (before.round if before else 0):
+            telemetry.ROUNDS.labels(run).inc()
+            if before is not None:
+                telemetry.ROUND_SECONDS.observe(progress.seconds - before.seconds)
+            log.info("round %d is committed", progress.round, extra={"run": run})
+        self.latest[run] = progress
+        for watcher in self.watchers.get(run, ()):
+            watcher.put_nowait(moment)
+
+    def _over(self, run: str, status: str) -> None:
+        """From a run's thread."""
+        try:
+            error = self.database.run(run).error
+        except CoterieError as lost:
+            error = str(lost)
+
+        def tell() -> None:
+            if run in self.hub.runs:
+                self.hub.close(run, status or "interrupted")
+            self._count()
+            self.note("ended", run=run, status=status, error=error[:1000])
+            for watcher in self.watchers.get(run, ()):
+                watcher.put_nowait({"status": status or "interrupted", "error": error})
+
+        self.loop.call_soon_threadsafe(tell)
+
+    def _ended(self, run: str) -> str:
+        """How a run ended that a site still has open; "" while it goes on."""
+        try:
+            status = self.database.run(run).status
+        except ConfigError:
+            return "deleted"
+        return status if status in ("finished", "failed", "stopped") else ""
+
+    def _tell(self, what: str, **facts: Any) -> None:
+        log.info("%s %s", what, {name: fact for name, fact in facts.items() if name != "detail"})
+        if what in ("joined", "left"):
+            telemetry.CONNECTED.set(sum(seat.outbox is not None for seat in self.hub.seats.values()))
+        elif what == "answered":
+            telemetry.TASKS.labels(facts["run"], "answered").inc()
+            telemetry.BYTES.labels("up").inc(facts["up"][1])
+            self.note(
+                "received", run=facts["run"], site=facts["site"], task=facts["id"], digest=facts["up"][0],
+                bytes=facts["up"][1], signature=facts["signature"],
+            )  # fmt: skip
+        elif what == "failed":
+            telemetry.TASKS.labels(facts["run"], "failed").inc()
+            if facts.get("detail"):
+                log.warning("site %s, run %s:\n%s", facts["site"], facts["run"], facts["detail"])
+        elif what == "assigned":
+            telemetry.BYTES.labels("down").inc(facts["size"])
+            self.note("sent", **facts)
+
+    def _count(self) -> None:
+        counted: dict[str, int] = {}
+        for run in self.database.runs():
+            counted[run.status] = counted.get(run.status, 0) + 1
+        for status in ("queued", "running", "stopped", "finished", "failed", "interrupted"):
+            telemetry.RUNS.labels(status).set(counted.get(status, 0))
+
+    def _line(self, run: Run) -> dict[str, Any]:
+        latest = self.latest.get(run.id)
+        files = [name for name in FILES if (Path(run.folder) / name).is_file()]
+        return {
+            "run": run.id, "status": run.status, "error": run.error, "created": run.created,
+            "signer": json.loads(run.signer)["name"] if run.signer else "",
+            "round": f"{latest.round}/{latest.rounds}" if latest else "", "sites": list(run.sites),
+            "files": files, "folder": run.folder,
+        }  # fmt: skip
+
+    # who is who
+
+    def _known(self, pem: bytes, role: str) -> Known:
+        assert self.mine is not None
+        revoked = self.authority.revoked() if self.authority else ()
+        return Known(pem, security.verified(pem, self.mine.ca, role=role, revoked=revoked))
+
+    def _site(self, pem: bytes) -> Known:
+        return self._known(pem, "site")
+
+    async def _operator(self, context: Any) -> Any:
+        if self.mine is None:
+            return None
+        try:
+            (pem,) = context.auth_context()["x509_pem_cert"]
+            return self._known(pem, "operator")
+        except (CoterieError, KeyError, ValueError) as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error)[:1000])
+
+    def _renew(self, who: Any, request: bytes) -> bytes:
+        assert self.authority is not None
+        return self.authority.renew(request, who.pem)
+
+    def _enrol(self, id: str, secret: str, request: bytes) -> bytes:
+        assert self.authority is not None
+        pem = self.authority.enrol(id, secret, request)
+        who = security.identity_of(pem)
+        log.info("enrolled %s, serial %x", who, who.serial)
+        self.note("enrolled", site=who.name, serial=f"{who.serial:x}")
+        return pem
+
+
+@dataclass(frozen=True)
+class Known:
+    """Who is at the other end of a connection, with the certificate that says so (PEM)."""
+
+    pem: bytes
+    identity: security.Identity
+
+    @property
+    def name(self) -> str:
+        """The party's."""
+        return self.identity.name
+
+    @property
+    def serial(self) -> int:
+        """Of the certificate."""
+        return self.identity.serial
+
+    @property
+    def signing_key(self) -> bytes:
+        """The public one."""
+        return self.identity.signing_key
+
+
+class _Rotation:
+    """Gives gRPC the server's certificate again when its file has changed."""
+
+    def __init__(self, keys: Path) -> None:
+        self.keys, self.seen = keys, (keys / "tls.crt").stat().st_mtime_ns
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        now = (self.keys / "tls.crt").stat().st_mtime_ns
+        if now == self.seen:
+            return None
+        self.seen = now
+        return _configuration(security.credentials(self.keys))
+
+
+def placed(parts: Parts, sites: Sequence[str]) -> Callable[[ClientId], str]:
+    """Which site hosts a client: its own where the data lies at sites, else they are dealt out in turn.
+
+    Raises ConfigError when there is no site to deal to.
+    """
+    clients = parts.population.clients
+    if parts.population.dataset.remote:
+        column = parts.population.dataset.train.keys["site"]
+        return dict(zip(clients, map(str, column), strict=True)).__getitem__
+    if not sites:
+        raise ConfigError(
+            "no site is connected", "start the sites first: coterie site DIR --server HOST:PORT"
+        )
+    turn = {client: number for number, client in enumerate(clients)}
+    return lambda client: sites[turn[client] % len(sites)]
+
+
+def expected(parts: Parts) -> Tree:
+    """An update as every client must send it: its names, shapes and dtypes."""
+    algorithm = parts.algorithm
+    down, config = algorithm.broadcast(algorithm.init(parts.initial)), algorithm.local(0)
+    work = algorithm.client_work
+    memory = work.remember(down) if work.remember else None
+    params, carry = work.start(down, memory, config)
+    return work.finish(params, down, carry, 1)[0]
+
+
+def _moment(progress: Progress) -> dict[str, Any]:
+    return {**asdict(progress), "folder": str(progress.folder)}
+
+
+def _configuration(mine: security.Credentials) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(mine.key, mine.certificate)], mine.ca)
+
+
+def _signed_by(who: Any, data: bytes, signature: str) -> bool:
+    return security.verify(who.signing_key, data, _unhex(signature))
+
+
+def _unhex(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return b""
