@@ -95,6 +95,8 @@ def commands() -> str:
         rows: Rows = []
         arguments = []
         for parameter in command.params:
+            if getattr(parameter, "hidden", False):
+                continue
             if parameter.param_type_name == "argument":
                 word = (parameter.metavar or parameter.name.upper()).strip("[]")
                 arguments.append(word if parameter.required else f"[{word}]")
