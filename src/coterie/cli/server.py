@@ -33,6 +33,9 @@ def server(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of data sets (default: COTERIE_DATA).")
     ] = None,
+    code: Annotated[
+        Path, typer.Option(help="Folder of Python files that configs may name, as DIR/policy.toml allows.")
+    ] = Path(),
     at_once: Annotated[int, typer.Option(min=1, help="Runs at the same time; others wait.")] = 2,
     silence: Annotated[
         float, typer.Option(min=0.1, help="Seconds without a sign of life after which a site is lost.")
@@ -64,6 +67,7 @@ def server(
         silence=silence,
         quotas=Quotas(most_rounds, most_bytes, most_seconds),
         data_dir=data_dir,
+        code=code,
         insecure=insecure,
     )
     serve_until_told(serve(options, typer.echo), text=log_text, tied=tied)

@@ -118,7 +118,9 @@ class Host:
         keys: Path | None = None,
         data_dir: Path | None = None,
         begin: Begin = Training,
+        insecure: bool = False,
     ) -> None:
+        self.insecure = insecure
         self.site, self.home, self.ledger, self.data_dir = site, home, ledger, data_dir
         self.begin = begin
         self.config, self.keys = config or home, keys or home
@@ -206,7 +208,7 @@ class Host:
             run=run.run,
             config={**config, "data": {k: v for k, v in data.items() if k != "test"}},
             config_digest=hashlib.sha256(run.config.encode()).hexdigest(),
-            signer=signer.name if signer else None,
+            signer=signer.name if signer else "anyone" if self.insecure else None,
             signer_key=signer.signing_key if signer else b"",
             code_digest=run.code.digest if run.code else None,
             datasets=[named],
@@ -291,7 +293,16 @@ async def serve(
     with Ledger(
         home / "ledger.jsonl", partial(security.sign, signing), security.public_of(signing)
     ) as ledger:
-        host = Host(site, home, ledger, config=config, keys=where, data_dir=data_dir, begin=begin)
+        host = Host(
+            site,
+            home,
+            ledger,
+            config=config,
+            keys=where,
+            data_dir=data_dir,
+            begin=begin,
+            insecure=mine is None,
+        )
         connected = False
 
         def tell(what: str, **facts: Any) -> None:

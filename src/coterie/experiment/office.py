@@ -8,6 +8,7 @@ import json
 import logging
 import queue
 import threading
+import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
@@ -57,6 +58,7 @@ class Options:
     silence: float = 120.0
     quotas: Quotas = field(default_factory=Quotas)
     data_dir: Path | None = None
+    code: Path = Path()
     insecure: bool = False
 
 
@@ -103,6 +105,7 @@ class Office:
             quotas=options.quotas,
             home=options.blobs,
             data_dir=options.data_dir,
+            code=options.code,
             watch=self._moved,
             ended=self._over,
         )
@@ -164,6 +167,7 @@ class Office:
         signed = security.canonical("config", {"config": call.config})
         if self.mine is not None and not security.verify(who.signing_key, signed, _unhex(call.signature)):
             raise ConfigError("submit: the signature does not fit the config", "sign it with your own key")
+        self._refuse(call.config, getattr(who, "name", "anyone"))
         sites = sorted(name for name, seat in self.hub.seats.items() if seat.outbox is not None)
         signer = None
         if self.mine is not None:
@@ -252,6 +256,15 @@ class Office:
                 yield data
 
     # the parts' questions
+
+    def _refuse(self, text: str, signer: str) -> None:
+        """The server has a policy too: a config names no code here unless its policy.toml says so."""
+        path = self.options.home / "policy.toml"
+        policy = security.Policy.load(path) if path.exists() else security.Policy()
+        config, digest = _toml(text), hashlib.sha256(text.encode()).hexdigest()
+        job = security.Job(run="", config=config, config_digest=digest, signer=signer)
+        if reason := security.refusal(policy, job):
+            raise ConfigError(f"the server refuses: {reason}", f"its policy is {path.name} in its folder")
 
     def _connect(self, run: Run, parts: Parts, replay: Iterator[tuple[float, str]]) -> NetworkBackend:
         """Open a run in the hub; called in the run's own thread."""
@@ -449,6 +462,13 @@ def expected(parts: Parts) -> Tree:
     memory = work.remember(down) if work.remember else None
     params, carry = work.start(down, memory, config)
     return work.finish(params, down, carry, 1)[0]
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the config is no TOML: {error}") from None
 
 
 def _moment(progress: Progress) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -52,7 +53,7 @@ UNLIMITED = Quotas()
 class Queue:
     """The runs of the server that holds the database's lease, from its start to `close`.
 
-    folder: where run folders and blobs lie. updates: where replies' tensors arrive. connect: makes a run's
+    folder: where run folders and blobs lie. code: where relative paths of a config start. updates: where replies' tensors arrive. connect: makes a run's
     carrier (`served.Carrier`). home: fsspec URL under which blobs are kept too, for a standby on another
     machine. watch: told of every run's progress. ended: told a run's id and status when its thread ends.
     """
@@ -68,12 +69,13 @@ class Queue:
         quotas: Quotas = UNLIMITED,
         home: str | None = None,
         data_dir: Path | None = None,
+        code: Path = Path(),
         watch: Callable[[str, Progress], None] = lambda run, progress: None,
         ended: Callable[[str, str], None] = lambda run, status: None,
     ) -> None:
         self.database, self.folder, self.updates, self.connect = database, folder, updates, connect
         self.at_once, self.quotas, self.home, self.data_dir = at_once, quotas, home, data_dir
-        self.watch, self.ended = watch, ended
+        self.code, self.watch, self.ended = code, watch, ended
         self.changed = threading.Condition()  # guards what follows; told when a run has ended
         self.places: dict[str, Served | None] = {}  # of the runs at work; None: still being assembled
         self.asked: dict[str, CoterieError] = {}  # how a run that has no place yet is to end
@@ -278,7 +280,7 @@ class Queue:
         place.tidy()
 
     def _assembled(self, text: str) -> Parts:
-        return assemble(_config(text), data_dir=self.data_dir)
+        return assemble(replace(_config(text), folder=self.code), data_dir=self.data_dir)
 
     def _archive(self, id: str) -> Archive:
         return Archive(self.folder / "blobs" / id, None if self.home is None else f"{self.home}/{id}")

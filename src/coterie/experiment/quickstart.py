@@ -50,8 +50,11 @@ def quickstart(
     make_folder(home)
     names = [f"site-{number}" for number in range(1, sites + 1)]
     set_up(home, names, config.folder)
+    code = str(config.folder.absolute())
     with ExitStack() as stack:
-        server = stack.enter_context(_process("server", home, "--listen", f"{HERE}:0", *_data(data_dir)))
+        server = stack.enter_context(
+            _process("server", home, "--listen", f"{HERE}:0", "--code", code, *_data(data_dir))
+        )
         address = f"{HERE}:{server.hear('listening on').rpartition(':')[2]}"
         started = [
             stack.enter_context(_process("site", home / name, "--server", address, *_data(data_dir)))
@@ -94,6 +97,7 @@ def set_up(home: Path, names: list[str], code: Path) -> None:
         security.install(folder, pem, authority.certificate)
 
     party(home / "server", "server", "server", HERE, "localhost")
+    (home / "server" / "policy.toml").write_text('modules = ["*"]\n')
     party(home / "operator", "operator", "operator")
     for name in names:
         party(home / name, "site", name)
