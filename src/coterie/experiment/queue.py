@@ -53,9 +53,10 @@ UNLIMITED = Quotas()
 class Queue:
     """The runs of the server that holds the database's lease, from its start to `close`.
 
-    folder: where run folders and blobs lie. code: where relative paths of a config start. updates: where replies' tensors arrive. connect: makes a run's
-    carrier (`served.Carrier`). home: fsspec URL under which blobs are kept too, for a standby on another
-    machine. watch: told of every run's progress. ended: told a run's id and status when its thread ends.
+    folder: where run folders and blobs lie. code: where relative paths of a config start. updates: where
+    replies' tensors arrive. connect: makes a run's carrier (`served.Carrier`). home: fsspec URL under which
+    blobs are kept too, for a standby on another machine. watch: told of every run's progress. ended: told a
+    run's id and status when its thread ends.
     """
 
     def __init__(
