@@ -9,13 +9,16 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from coterie import experiment, security
 from coterie.backends.network import operators
+from coterie.cli import app
 from coterie.core import ConfigError, RunError
 from coterie.data import Dataset, Examples, digits, from_npz
+from coterie.experiment.quickstart import Process
 from coterie.storage import verify
-from deployment import SMALL, Deployment
+from deployment import SMALL, Deployment, free_port
 
 SITES = ("site-1", "site-2")
 CONFIG = {
@@ -63,7 +66,10 @@ def halves():
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
     home = tmp_path_factory.mktemp("deployed")
-    made = Deployment(home, server=("--metrics", "127.0.0.1:0"))
+    enrol = f"127.0.0.1:{free_port()}"
+    options = ("--metrics", "127.0.0.1:0", "--enrol", enrol, "--ca", str(home / "ca"))
+    made = Deployment(home, server=options)
+    made.enrol = enrol
     for name, (x, y) in zip(SITES, halves(), strict=True):
         np.savez(home / name / "scans.npz", x=x, y=y, x_test=x[:1], y_test=y[:1])
         loader = f'[data.scans]\ndataset = "npz"\npath = "{home / name / "scans.npz"}"\n'
@@ -145,6 +151,22 @@ def test_metrics_health_and_the_operators_view(federation):
         operators.ask(channel, "Runs")
     with pytest.raises(ConfigError, match="did you mean 'fedavg'"):
         federation.submit({**CONFIG, "algorithm": {"kind": "fedavgg"}})
+
+
+def test_a_site_enrols_with_its_token_once_and_connects(federation, tmp_path):
+    token, folder = tmp_path / "site-3.token", tmp_path / "site-3"
+    made = security.Authority.open(federation.home / "ca").token("site-3", [federation.enrol])
+    token.write_text(made.model_dump_json())
+    assert CliRunner().invoke(app, ["enrol", str(token), str(folder)]).exit_code == 0
+    assert (folder / "tls.key").stat().st_mode & 0o777 == 0o600
+    assert made.secret not in (federation.home / "server" / "server.log").read_text()
+    again = CliRunner().invoke(app, ["enrol", str(token), str(tmp_path / "thief")])
+    assert again.exit_code == 1
+    site = Process("site", folder, "--server", federation.address)
+    try:
+        assert "site site-3 is connected" in site.hear("is connected")
+    finally:
+        site.end()
 
 
 def test_a_training_script_takes_part(federation, tmp_path):
