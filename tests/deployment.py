@@ -71,7 +71,7 @@ class Deployment:
     def channel(self, as_operator="operator"):
         mine = security.credentials(self.home / as_operator)
         credentials = grpc.ssl_channel_credentials(mine.ca, mine.key, mine.certificate)
-        with operators.reached([f"127.0.0.1:{self.port}"], credentials, 60) as channel:
+        with operators.reached(self.address.split(","), credentials, 60) as channel:
             yield channel
 
     def submit(self, config, **more):

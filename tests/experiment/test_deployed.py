@@ -37,11 +37,13 @@ CONFIG = {
     "run": {"evaluate_clients": True},
 }
 LOOP = """
-import sys
+import os
 import torch
 from torch import nn
 import coterie
 
+if "RANK" in os.environ:
+    torch.distributed.init_process_group("gloo")
 torch.manual_seed(0)
 x, y = torch.rand(64, 1, 8, 8), torch.randint(10, (64,))
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
@@ -52,7 +54,8 @@ with coterie.client() as federation:
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         task.reply(dict(zip(task.params, model.state_dict().values())), weight=len(y), metrics={"loss": 1.0})
-        print("round", task.round, flush=True)
+        total = sum(float(value.sum()) for value in task.params.values())
+        print("round", task.round, total, flush=True)
 """
 
 
@@ -169,19 +172,27 @@ def test_a_site_enrols_with_its_token_once_and_connects(federation, tmp_path):
         site.end()
 
 
-def test_a_training_script_takes_part(federation, tmp_path):
-    federation.processes.pop("site-2").end()
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_script_takes_part(federation, tmp_path, ranks):
+    if "site-2" in federation.processes:
+        federation.processes.pop("site-2").end()
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     script = tmp_path / "loop.py"
     script.write_text(LOOP)
     env = {"COTERIE_SERVER": federation.address, "COTERIE_SITE": str(federation.home / "site-2")}
     with subprocess.Popen(
-        [sys.executable, str(script)], env={**os.environ, **env}, stdout=subprocess.PIPE, text=True
+        [sys.executable, *(torchrun if ranks > 1 else []), str(script)],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             run = federation.submit({**CONFIG, "run": {"evaluate_clients": False}})
             assert federation.watch(run)["status"] == "finished"
             assert process.wait(30) == 0
-            assert process.stdout.read().split() == ["round", "0", "round", "1", "round", "2"]
+            lines = sorted(process.stdout.read().splitlines())
+            assert [line.split()[1] for line in lines] == sorted("012" * ranks)
+            assert len(set(lines)) == 3  # every rank has the same parameters
         finally:
             process.kill()
     rows = (federation.home / "server" / "runs" / run / "metrics.jsonl").read_text().splitlines()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, Protocol
 
 import grpc
@@ -179,21 +180,19 @@ def reached(
     addresses: Sequence[str], credentials: grpc.ChannelCredentials | None, within: float = 10.0
 ) -> Iterator[grpc.Channel]:
     """A channel to the first of these servers that is up; standbys are not. Raises RunError when none is."""
-    failure: CoterieError | None = None
-    for address in addresses:
-        with channel(address, credentials) as made:
-            try:
-                grpc.channel_ready_future(made).result(within / len(addresses))
-            except grpc.FutureTimeoutError:
-                failure = RunError(
-                    f"server {address} does not answer within {within / len(addresses):g} s",
-                    "is it running, and do its certificate and yours come from one authority?",
-                )
-                continue
-            yield made
-            return
-    assert failure is not None
-    raise failure
+    with ExitStack() as stack:
+        up: queue.SimpleQueue[grpc.Channel] = queue.SimpleQueue()
+        for address in addresses:
+            made = stack.enter_context(channel(address, credentials))
+            grpc.channel_ready_future(made).add_done_callback(lambda _, made=made: up.put(made))
+        try:
+            first = up.get(timeout=within)
+        except queue.Empty:
+            raise RunError(
+                f"server {', '.join(addresses)} does not answer within {within:g} s",
+                "is it running, and do its certificate and yours come from one authority?",
+            ) from None
+        yield first
 
 
 @contextmanager

@@ -1,0 +1,40 @@
+"""Two servers on one PostgreSQL: when the one that works dies, the other goes on with its runs."""
+
+import shutil
+
+import psycopg
+
+from coterie import experiment
+from coterie.experiment.quickstart import Process
+from deployment import Deployment, free_port
+from faults.test_kills import SCAFFOLD
+
+
+def test_a_standby_takes_over_to_the_same_bits(tmp_path, postgres):
+    here = experiment.run(SCAFFOLD, out=tmp_path / "here").model_digest
+    with psycopg.connect(f"{postgres}/postgres", autocommit=True) as connection:
+        connection.execute("create database standby")
+    shared = ("--database", f"{postgres}/standby", "--blobs", f"file://{tmp_path}/shared")
+    second = free_port()
+    federation = Deployment(tmp_path / "there", server=shared)
+    federation.address += f",127.0.0.1:{second}"
+    other = federation.home / "standby"
+    shutil.copytree(federation.home / "server", other)
+    try:
+        federation.start("server")
+        standby = Process("server", other, "--listen", f"127.0.0.1:{second}", *shared)
+        federation.processes["standby"] = standby
+        federation.start(*federation.names)
+        run = federation.submit(SCAFFOLD)
+
+        def kill(round):
+            if round >= 3 and "server" in federation.processes:
+                federation.kill("server")
+
+        assert federation.watch(run, kill) == {"status": "finished", "error": ""}
+        assert "server" not in federation.processes
+        assert standby.hear("listening on").endswith(f":{second}")
+        assert federation.result(run)["model_digest"] == here
+    finally:
+        federation.close()
+    assert federation.orphans() == []
