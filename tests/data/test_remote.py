@@ -5,7 +5,7 @@ import torch
 
 from coterie.core import ConfigError, DataError, derive
 from coterie.data import DATASETS, Dataset, Examples, digits, natural, own, populate
-from coterie.experiment import assemble, load
+from coterie.experiment import assemble, load, run
 
 SITES = {
     "dataset": "sites",
@@ -65,3 +65,9 @@ def test_bad_site_lists_and_baselines_are_refused():
         DATASETS["sites"](name="x", sites=["a", "a"], input_shape=[2])
     with pytest.raises(ConfigError, match="no rows to train baselines on"):
         assemble(load({**CONFIG, "compare": ["centralised"]}))
+
+
+def test_a_run_in_one_process_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="submit it|nothing to train on"):
+        run(CONFIG, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -81,6 +81,11 @@ def run(
     folder_out, folder_data = (Path(path) if path is not None else None for path in (out, data_dir))
     with _threads(config.run["threads"], config.backend["threads"]):
         parts = assemble(config, data_dir=folder_data, **parts_of)  # type: ignore[arg-type]
+        if parts.population.dataset.remote:
+            raise ConfigError(
+                "data.dataset = 'sites': the rows lie at sites, there is nothing to train on here",
+                "submit it to their server: coterie submit CONFIG --server HOST:PORT",
+            )
         folder = _reopen(config, folder_out) if resume else None
         folder = folder or RunFolder.create(None, config.name, folder_out)
         with folder.lock(), logged(folder.log):
