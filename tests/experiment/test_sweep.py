@@ -420,6 +420,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="look
 
 @linux
 def test_killed_and_interrupted_sweeps_leave_no_process_and_end_with_the_same_bits(config, monkeypatch):
+    config.write_text(CONFIG.replace("rounds = 20", "rounds = 120"))  # long enough to be met half done
     out = config.parent / "swept"
     grid = "algorithm.client.lr=0.1,0.5"
     command = [sys.executable, "-m", "coterie", "sweep", str(config), "--grid", grid, "--seeds", "2"]
