@@ -221,7 +221,7 @@ class Sealed:
 def _serve(pipe: Pipe, make: Sealed, threads: int) -> None:
     """A worker's life: get ready, then answer until told to end or alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         shard = Shard(make.open(), listen())
@@ -254,7 +254,7 @@ def _answer(pipe: Pipe, shard: Shard) -> None:
         outbox.close()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A driver that is killed leaves no orphans: its end is noticed even in the middle of a block."""
     parent = parent_process()
     assert parent is not None

@@ -48,9 +48,8 @@ def submit(
     from coterie.experiment.config import load, to_toml  # noqa: PLC0415
 
     text = to_toml(load(config, overrides or ()))
-    with connected(server, identity, insecure) as (channel, signing):
-        call = desk.Submit(config=text, signature=_signature(signing, text), quotas=_quotas(quotas or []))
-        run = desk.ask(channel, "Submit", call)
+    with connected(server, identity, insecure) as (channel, mine):
+        run = desk.submit(channel, text, mine, _quotas(quotas or []))
         if not as_json:
             typer.echo(f"{run}: queued")
         elif not wait:
@@ -207,22 +206,11 @@ def connected(server: str, identity: Path | None, insecure: bool) -> Iterator[tu
             "--identity DIR: missing" if not insecure else "--identity and --insecure exclude each other",
             "coterie pki issue operator NAME makes the folder; or set COTERIE_IDENTITY",
         )
-    mine = credentials = None
-    if identity is not None:
-        import grpc  # noqa: PLC0415
+    from coterie.security import credentials  # noqa: PLC0415
 
-        from coterie.security import credentials as read  # noqa: PLC0415
-
-        mine = read(identity)
-        credentials = grpc.ssl_channel_credentials(mine.ca, mine.key, mine.certificate)
-    with desk.reached(addresses, credentials) as channel:
+    mine = None if identity is None else credentials(identity)
+    with desk.reached(addresses, None if mine is None else desk.credentials(mine)) as channel:
         yield channel, mine
-
-
-def _signature(mine: Any, text: str) -> str:
-    from coterie.security import canonical, sign  # noqa: PLC0415
-
-    return "" if mine is None else sign(mine.signing_key, canonical("config", {"config": text})).hex()
 
 
 def _quotas(texts: list[str]) -> dict[str, float]:

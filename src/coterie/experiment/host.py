@@ -24,7 +24,7 @@ import grpc
 
 from coterie import security
 from coterie.backends import telemetry
-from coterie.backends.network import Link, RunOpened
+from coterie.backends.network import Link, RunOpened, operators
 from coterie.core import ClientId, Task
 from coterie.core.errors import ConfigError, CoterieError
 from coterie.experiment import parts
@@ -365,8 +365,7 @@ async def _renewing(keys: Path, link: Link) -> None:
 
 
 def _channel_credentials(keys: Path) -> grpc.ChannelCredentials:
-    mine = security.credentials(keys)
-    return grpc.ssl_channel_credentials(mine.ca, mine.key, mine.certificate)
+    return operators.credentials(security.credentials(keys))
 
 
 def signer_of(run: RunOpened, ca: bytes) -> security.Identity | None:
@@ -374,7 +373,7 @@ def signer_of(run: RunOpened, ca: bytes) -> security.Identity | None:
     if not run.signer:
         return None
     who = security.verified(run.signer.encode(), ca, role="operator")
-    signed = security.canonical("config", {"config": run.config})
+    signed = security.of_config(run.config)
     if not security.verify(who.signing_key, signed, bytes.fromhex(run.signature)):
         raise security.Untrusted(f"the signature of operator {who.name} does not fit the config")
     return who

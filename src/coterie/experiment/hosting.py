@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from coterie.backends.shards import listen
+from coterie.backends.workers import end_with_parent
 from coterie.core.errors import CoterieError
 from coterie.core.types import ClientId, Lost, Reply, Task, Tree
 from coterie.data import Dataset, own
@@ -31,7 +32,6 @@ from coterie.experiment.config import Config, load
 from coterie.storage import Blob, Blobs, Memories
 
 DEATHS = 3  # of the training process after which a task is given up
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Training:
 def _serve(pipe: Any, job: Job) -> None:
     """The child's life: get ready, then train what it is told to until it is alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     said = listen()
     try:
         _limit(job.limits)
@@ -258,10 +258,3 @@ def _limit(limits: Mapping[str, int]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limits["memory"], limits["memory"]))
     if "nice" in limits:
         os.nice(limits["nice"])
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)

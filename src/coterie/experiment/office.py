@@ -164,7 +164,7 @@ class Office:
 
     def submit(self, who: Any, call: operators.Submit) -> str:
         """Check the signature, the config and that its sites exist; queue the run."""
-        signed = security.canonical("config", {"config": call.config})
+        signed = security.of_config(call.config)
         if self.mine is not None and not security.verify(who.signing_key, signed, _unhex(call.signature)):
             raise ConfigError("submit: the signature does not fit the config", "sign it with your own key")
         self._refuse(call.config, getattr(who, "name", "anyone"))

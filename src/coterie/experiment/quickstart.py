@@ -16,8 +16,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from coterie import security
 from coterie.backends.network import operators
 from coterie.core.errors import ConfigError, Interrupted, RunError
@@ -70,11 +68,8 @@ def quickstart(
 def _run(config: Config, keys: Path, address: str, watch: Callable[[Progress], None]) -> Path:
     """Submit the config and wait for its end; return the run's folder."""
     mine = security.credentials(keys)
-    credentials = grpc.ssl_channel_credentials(mine.ca, mine.key, mine.certificate)
-    text = to_toml(config)
-    signature = security.sign(mine.signing_key, security.canonical("config", {"config": text})).hex()
-    with operators.reached([address], credentials, PATIENCE) as channel:
-        run = operators.ask(channel, "Submit", operators.Submit(config=text, signature=signature))
+    with operators.reached([address], operators.credentials(mine), PATIENCE) as channel:
+        run = operators.submit(channel, to_toml(config), mine)
         ended: dict[str, Any] = {}
         for told in operators.stream(channel, "Watch", operators.Which(run=run)):
             if "status" in told:

@@ -35,11 +35,11 @@ from coterie.security.pki import (
     request_of,
 )
 from coterie.security.policy import Job, Limits, Policy, Privacy, allowed_metrics, redacted, refusal
-from coterie.security.signing import canonical, public_of, sign, verify
+from coterie.security.signing import canonical, of_config, public_of, sign, verify
 
 __all__ = [
     "Authority", "Credentials", "Identity", "Issued", "Job", "Limits", "Policy", "Privacy", "Record", "Role",
     "Token", "Untrusted", "allowed_metrics", "canonical", "credentials", "hosts_of", "identity_of", "install",
-    "load_signing_key", "make", "new_key", "public_of", "read_request", "redacted", "redeem", "refusal",
-    "renew_at", "renewal", "request_of", "sign", "verified", "verify",
+    "load_signing_key", "make", "new_key", "of_config", "public_of", "read_request", "redacted", "redeem",
+    "refusal", "renew_at", "renewal", "request_of", "sign", "verified", "verify",
 ]  # fmt: skip

@@ -45,6 +45,11 @@ def canonical(purpose: str, record: Mapping[str, Any]) -> bytes:
     return f"coterie/1 {purpose}\0".encode() + text
 
 
+def of_config(text: str) -> bytes:
+    """What an operator signs of a run: its config, byte for byte (TOML)."""
+    return canonical("config", {"config": text})
+
+
 def _check_keys(value: Any) -> None:
     """json.dumps makes 1 and "1" the same key, so that two mappings would share a signature."""
     open_values = [value]

@@ -17,6 +17,7 @@ import grpc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coterie.core.errors import ConfigError, CoterieError, DataError, Interrupted, RunError
+from coterie.security import Credentials, of_config, sign
 
 OPERATOR, ENROLMENT = "coterie.v1.Operator", "coterie.v1.Enrolment"
 FRAME = 4 << 20  # bytes of the largest call and answer
@@ -173,6 +174,20 @@ def channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.C
     if credentials is None:
         return grpc.insecure_channel(address, options)
     return grpc.secure_channel(address, credentials, options)
+
+
+def submit(
+    channel: grpc.Channel, config: str, mine: Credentials | None, quotas: Mapping[str, float] | None = None
+) -> str:
+    """Give a server a config (TOML) to run, signed by an operator; return the run. Raises as `ask`."""
+    signature = "" if mine is None else sign(mine.signing_key, of_config(config)).hex()
+    call = Submit(config=config, signature=signature, quotas=dict(quotas or {}))
+    return str(ask(channel, "Submit", call))
+
+
+def credentials(mine: Credentials) -> grpc.ChannelCredentials:
+    """What a party shows to a server, and whom it trusts."""
+    return grpc.ssl_channel_credentials(mine.ca, mine.key, mine.certificate)
 
 
 @contextmanager
