@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.core.errors import DataError, RunError
-from coterie.experiment import plots, report, theme
+from coterie.experiment import numbers, plots, report, theme
 
 HOSTILE = """<script>alert('x')</script><img src="http://evil.example/x.png" onerror=alert(1)>&amp;"""
 TITLES = (
@@ -224,7 +224,7 @@ def test_compare(make_run, tmp_path):
     assert drawn == [[r["accuracy"] for r in rows_of(f) if "accuracy" in r] for f in (good, poor)]
     html = report.write_compare_html(tmp_path / "compare.html", [good, poor]).read_text()
     best = max(rows, key=lambda row: row["accuracy"])
-    assert f'<span class="best">{plots.show(best["accuracy"], "accuracy")}</span>' in html
+    assert f'<span class="best">{numbers.show(best["accuracy"], "accuracy")}</span>' in html
 
 
 def test_compare_tells_runs_of_one_name_apart(make_run, tmp_path):
@@ -237,8 +237,8 @@ def test_compare_tells_runs_of_one_name_apart(make_run, tmp_path):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=200))
 def test_worst_decile_is_the_mean_of_the_worst_tenth(values):
     k = math.ceil(len(values) / 10)
-    assert plots.worst_decile(values) == pytest.approx(np.sort(values)[:k].mean())
-    assert plots.worst_decile(values, "loss") == pytest.approx(np.sort(values)[-k:].mean())
+    assert numbers.worst_decile(values) == pytest.approx(np.sort(values)[:k].mean())
+    assert numbers.worst_decile(values, "loss") == pytest.approx(np.sort(values)[-k:].mean())
 
 
 def test_curves_draw_only_finite_values_at_their_rounds():
@@ -287,7 +287,7 @@ def test_distribution_counts_every_client_once(run):
         assert sum(bar.get_height() for bar in ax.patches) == 20
     values = [c["accuracy"] for c in clients["clients"]]
     marks = sorted(line.get_xdata()[0] for line in federated.get_lines())
-    assert marks == pytest.approx([plots.worst_decile(values), np.mean(values)])
+    assert marks == pytest.approx([numbers.worst_decile(values), np.mean(values)])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))

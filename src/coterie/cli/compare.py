@@ -34,7 +34,7 @@ def compare(
     from rich.table import Table  # noqa: PLC0415
 
     from coterie.errors import ConfigError  # noqa: PLC0415
-    from coterie.experiment import plots, report  # noqa: PLC0415
+    from coterie.experiment import numbers, plots, report  # noqa: PLC0415
 
     check_picture(out)
     reach = reach or []
@@ -50,15 +50,15 @@ def compare(
         for title in ("rounds", "accuracy", "loss", "worst tenth", "bytes", "time"):
             table.add_column(title, justify="right")
         for level in reach:
-            table.add_column(f"to {plots.show(level, 'accuracy')}", justify="right")
+            table.add_column(f"to {numbers.show(level, 'accuracy')}", justify="right")
         for row in rows:
             measured = (("accuracy", "accuracy"), ("loss", "loss"), ("worst_decile", row["metric"]))
             table.add_row(
                 row["name"],
                 row["algorithm"],
                 str(row["rounds"]),
-                *("" if row[name] is None else plots.show(row[name], metric) for name, metric in measured),
-                plots.show_bytes(row["bytes"]),
+                *("" if row[name] is None else numbers.show(row[name], metric) for name, metric in measured),
+                numbers.show_bytes(row["bytes"]),
                 "" if row["seconds"] is None else f"{row['seconds']:.1f} s",
                 *map(report.said, row.get("reached", ())),
             )

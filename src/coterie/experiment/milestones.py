@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from coterie.experiment.plots import number, series
+from coterie.experiment.numbers import number, series
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from coterie.core.errors import DataError
 from coterie.experiment import pages, plots
 from coterie.experiment.milestones import levels, milestones, timed, uneven
-from coterie.experiment.plots import number, series, show, show_bytes
+from coterie.experiment.numbers import number, series, show, show_bytes, worst_decile
 from coterie.experiment.theme import PALETTE
 
 WORST = "Worst tenth: the mean over the tenth of the clients that the model serves worst."
@@ -62,7 +62,7 @@ class Run:
         """The metric's mean over the worst tenth of the clients."""
         known = number((self.result.get("clients") or {}).get(f"{self.metric}_worst_decile"))
         values = [v for c in self.clients.get("clients", ()) if (v := number(c.get(self.metric))) is not None]
-        return plots.worst_decile(values, self.metric) if known is None and values else known
+        return worst_decile(values, self.metric) if known is None and values else known
 
     def bytes(self, way: str) -> float:
         """Bytes moved "up" or "down" in the whole run."""

@@ -32,11 +32,11 @@ from coterie.core import (
     trees,
 )
 from coterie.data import Dataset, describe, spread
-from coterie.experiment import baselines, report
+from coterie.experiment import baselines
 from coterie.experiment.assemble import Parts, assemble, resolved
 from coterie.experiment.config import Config, load
+from coterie.experiment.numbers import worst_decile
 from coterie.experiment.place import Here, Kept, Place
-from coterie.experiment.plots import worst_decile
 from coterie.experiment.records import Progress, Result
 from coterie.experiment.tensorboard import board
 from coterie.storage import RunFolder, write_atomic
@@ -282,6 +282,8 @@ class Session:
         write_atomic(self.folder.path / "model.safetensors", save({**model["params"], **model["buffers"]}))
         self.folder.write_clients(_clients(self.parts, by_client, compared))
         self.folder.write_result(result.to_json())
+        from coterie.experiment import report  # noqa: PLC0415  its pictures take long to load
+
         report.write(self.folder.path)
         return result
 

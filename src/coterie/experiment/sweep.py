@@ -22,12 +22,11 @@ from typing import Any
 
 from coterie.core.errors import ConfigError, CoterieError, Interrupted, RunError
 from coterie.data import Dataset
-from coterie.experiment import report, sweep_page
 from coterie.experiment.assemble import assemble, load_dataset
 from coterie.experiment.config import Config, to_toml
 from coterie.experiment.estimates import estimate
 from coterie.experiment.grid import Cell, Grid, Source, base, cells, describe
-from coterie.experiment.plots import number
+from coterie.experiment.numbers import number
 from coterie.storage import RunFolder, write_atomic
 
 GRACE = 5.0  # seconds that a cell has to end in when it is told to
@@ -136,6 +135,8 @@ def sweep(
             ) from None
         result = _collect(folder, todo, errors)
         _write(result)
+        from coterie.experiment import sweep_page  # noqa: PLC0415  its pictures take long to load
+
         sweep_page.write(result.folder, result.to_json())
     return result
 
@@ -267,7 +268,7 @@ class _Child:
             code = self.process.wait()
             ended = _finished(self.folder)
             error = "" if ended else self.said["error"] or _died(code, self.folder)
-            seconds = report.read(self.folder).seconds() if ended else None
+            seconds = _read(self.folder).seconds() if ended else None
             status = "finished" if ended else "failed"
             yield {"status": status, "error": error, "seconds": seconds, **self._shared()}
 
@@ -330,9 +331,15 @@ def _died(code: int, folder: Path) -> str:
     return f"ended with exit code {code}; {log}"
 
 
+def _read(folder: Path) -> Any:
+    from coterie.experiment import report  # noqa: PLC0415  its pictures take long to load
+
+    return report.read(folder)
+
+
 def _collect(folder: Path, todo: Sequence[Cell], errors: Mapping[str, str]) -> SweepResult:
     """Read what the cells' folders hold."""
-    runs = {cell.name: report.read(folder / cell.name) for cell in todo if _finished(folder / cell.name)}
+    runs = {cell.name: _read(folder / cell.name) for cell in todo if _finished(folder / cell.name)}
     metric = next((run.metric for run in runs.values()), "accuracy")
     records: list[Record] = []
     for cell in todo:

@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 from coterie.experiment import pages, report, sweep_plots
 from coterie.experiment.grid import describe, short_names, show_axes
-from coterie.experiment.plots import show, show_bytes, to_svg
+from coterie.experiment.numbers import show, show_bytes
 from coterie.experiment.report import WORST, _count, _duration
-from coterie.experiment.theme import LOCAL
+from coterie.experiment.theme import LOCAL, to_svg
 from coterie.storage import write_atomic
 
 Record = Mapping[str, Any]

@@ -16,7 +16,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from coterie.experiment.estimates import Estimate, estimate
 from coterie.experiment.grid import describe, show_axes
-from coterie.experiment.plots import Rows, _figure, _label_ends, _tint, _value_axis, number, series, show
+from coterie.experiment.numbers import Rows, number, series, show
+from coterie.experiment.plots import _figure, _label_ends, _tint, _value_axis
 from coterie.experiment.theme import INK, LOCAL, PALETTE, styled
 
 MOST = 6  # lines that a reader can tell apart
