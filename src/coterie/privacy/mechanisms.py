@@ -42,16 +42,16 @@ def exponential(
     long it takes: every candidate costs one exponential and one comparison, but of large integers.
     Raises ConfigError.
     """
-    values = torch.as_tensor(scores, dtype=torch.float64).flatten()
-    if not len(values) or not torch.isfinite(values).all():
-        raise ConfigError(f"exponential(scores={values.tolist()}): scores must be finite, one at least")
-    rate = Fraction(_positive("exponential", "epsilon", epsilon))
-    rate /= Fraction(_positive("exponential", "sensitivity", sensitivity)) * (1 if monotonic else 2)
-    exact = [Fraction(each) for each in values.tolist()]
-    best = max(exact)
-    sums = list(
-        accumulate(noise.exp_fixed(min(rate * (best - each), Fraction(FLOOR)), BITS) for each in exact)
-    )
+    values = scores.flatten().tolist() if isinstance(scores, Tensor) else list(scores)
+    if not values or not all(map(math.isfinite, values)):
+        raise ConfigError(
+            f"exponential(scores={values}): scores must be finite, and there must be one at least"
+        )
+    rate = noise.positive("exponential", "epsilon", epsilon)
+    rate /= noise.positive("exponential", "sensitivity", sensitivity) * (1 if monotonic else 2)
+    best = Fraction(max(values))
+    below = [min(rate * (best - Fraction(each)), Fraction(FLOOR)) for each in values]
+    sums = list(accumulate(noise.exp_fixed(each, BITS) for each in below))
     drawn = noise.integer_below(sums[-1], source)
     return sum(drawn >= each for each in sums)
 
@@ -67,14 +67,10 @@ def randomised_response(
     Raises ConfigError.
     """
     other = _lying("randomised_response", epsilon, categories)
-    if values.is_floating_point() or (values.numel() and not 0 <= values.min() <= values.max() < categories):
-        raise ConfigError(
-            f"randomised_response: {values.dtype} values that are not all in [0, {categories})",
-            "number the answers from 0",
-        )
+    known = _answers("randomised_response", values, categories)
     full = 1 << noise.CELL
     table = noise.tabulate([full - (categories - 1) * other, *[other] * (categories - 1)])
-    return (values.long() + noise.draw((table,), values.shape, source)) % categories
+    return (known + noise.draw((table,), values.shape, source)) % categories
 
 
 def frequencies(reports: Tensor, *, epsilon: float, categories: int = 2) -> Tensor:
@@ -84,9 +80,10 @@ def frequencies(reports: Tensor, *, epsilon: float, categories: int = 2) -> Tens
     of a rare one is about sqrt((k - 2 + e^epsilon) / n) / (e^epsilon - 1). Raises ConfigError.
     """
     lie = _lying("frequencies", epsilon, categories) / (1 << noise.CELL)
-    if not reports.numel():
+    known = _answers("frequencies", reports, categories).flatten()
+    if not len(known):
         raise ConfigError("frequencies of no reports are not defined")
-    shares = torch.bincount(reports.flatten(), minlength=categories).double() / reports.numel()
+    shares = torch.bincount(known, minlength=categories).double() / len(known)
     return (shares - lie) / (1 - categories * lie)
 
 
@@ -94,48 +91,51 @@ def private_histogram(
     counts: Tensor,
     *,
     epsilon: float | None = None,
-    sigma: float | None = None,
-    sensitivity: int = 1,
+    multiplier: float | None = None,
+    sensitivity: float = 1,
     nonnegative: bool = False,
     source: Source | None = None,
 ) -> Tensor:
     """Add independent integer noise to every count, of empty cells too; int64 of the same shape.
 
-    counts: integers, over cells that are fixed without looking at the data.
-    epsilon: discrete Laplace of scale sensitivity / epsilon, epsilon-DP; `sensitivity` is in L1: the most that
-    one person's coming or going changes (1 for one record each; 2 where a record may be changed instead).
-    sigma: discrete Gaussian, (sensitivity^2 / (2 sigma^2))-zCDP; `sensitivity` is in L2. Give one of the two.
-    nonnegative: raise counts below 0 to 0, which costs no privacy but makes small counts too large on average.
+    counts: integers, over cells that are fixed without looking at the data. Give one of
+    epsilon: discrete Laplace of scale sensitivity / epsilon; epsilon-DP for a sensitivity in L1.
+    multiplier: discrete Gaussian of sigma = multiplier * sensitivity; (1 / (2 multiplier^2))-zCDP, L2.
+    sensitivity: how far one person's coming or going moves the counts: 1 for one record each; where a record
+    may be changed instead, 2 in L1 and sqrt(2), rounded up, in L2.
+    nonnegative: raise counts below 0 to 0; costs no privacy, but small counts are then too large on average.
     Raises ConfigError.
     """
     if counts.is_floating_point() or counts.is_complex():
         raise ConfigError(f"private_histogram of {counts.dtype} counts: they must be integers")
-    if (epsilon is None) == (sigma is None):
-        raise ConfigError(
-            f"private_histogram(epsilon={epsilon}, sigma={sigma}): give one of the two",
-            "epsilon for discrete Laplace noise, sigma for discrete Gaussian noise",
-        )
-    by = Fraction(_positive("private_histogram", "sensitivity", sensitivity))
-    if epsilon is not None:
-        scale = by / Fraction(_positive("private_histogram", "epsilon", epsilon))
+    by = noise.positive("private_histogram", "sensitivity", sensitivity)
+    if epsilon is not None and multiplier is None:
+        scale = by / noise.positive("private_histogram", "epsilon", epsilon)
         drawn = noise.discrete_laplace(counts.shape, scale, source)
+    elif multiplier is not None and epsilon is None:
+        sigma = by * noise.positive("private_histogram", "multiplier", multiplier)
+        drawn = noise.discrete_gaussian(counts.shape, sigma, source)
     else:
-        drawn = noise.discrete_gaussian(counts.shape, sigma or 0, source)
+        raise ConfigError(
+            f"private_histogram(epsilon={epsilon}, multiplier={multiplier}): give one of the two",
+            "epsilon for discrete Laplace noise, multiplier for discrete Gaussian noise",
+        )
     noisy = counts.long() + drawn
     return noisy.clamp(min=0) if nonnegative else noisy
+
+
+def _answers(where: str, values: Tensor, categories: int) -> Tensor:
+    known = values.long()
+    if values.is_floating_point() or (known.numel() and not 0 <= known.min() <= known.max() < categories):
+        rule = f"answers must be integers in [0, {categories})"
+        raise ConfigError(f"{where} of {values.dtype} answers: {rule}", "number them from 0")
+    return known
 
 
 def _lying(where: str, epsilon: float, categories: int) -> int:
     """The probability of each wrong category, in units of 2^-112, rounded up."""
     if not 2 <= categories <= noise.MOST_CELLS:
         raise ConfigError(f"{where}(categories={categories}): must be in [2, {noise.MOST_CELLS}]")
-    if _positive(where, "epsilon", epsilon) > STEEPEST:
-        raise ConfigError(f"{where}(epsilon={epsilon}): must be at most {STEEPEST}", "that protects nobody")
-    odds = noise.exp_fixed(Fraction(epsilon)) + 2  # so that it is not below e^-epsilon
+    exact = noise.positive(where, "epsilon", epsilon, STEEPEST, "more than that protects nobody")
+    odds = noise.exp_fixed(exact) + 2  # so that it is not below e^-epsilon
     return -(-(odds << noise.CELL) // ((1 << noise.BITS) + (categories - 1) * odds))
-
-
-def _positive(where: str, name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{where}({name}={value}): {name} must be a finite number above 0")
-    return value

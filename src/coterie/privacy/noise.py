@@ -11,7 +11,7 @@ held as an alias table (Walker 1977; Vose 1991). Tables are built from exact int
   (Micciancio, Walter 2017, eprint 2017/259: Y then hides the gaps of c * X).
 - discrete Laplace: one table up to scale 14; above, the difference of two geometric variables, each made
   of independent digits, since exp(-(r + c * q) / scale) factors. Exact but for table and tail.
-- Skellam: tables of at most mu = 2^20 and sums of them, since Poisson variables add.
+- Skellam: tables of at most mu = 3 * 2^20 and sums of them, since Poisson variables add.
 
 Law: `total_variation(count)` bounds the distance of `count` draws from ideal ones. It adds
 (1 + e^epsilon) times itself to the delta of a mechanism. Beyond it, privacy rests on ChaCha20 (RFC 8439),
@@ -35,7 +35,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from numbers import Rational
 
 import numpy as np
 import torch
@@ -54,9 +53,10 @@ CELL = 112  # bits of a cell's threshold: 48 in its entry, 64 for words on the e
 MOST_CELLS = 1 << 16
 NARROW, MEDIUM = 160, 80  # sigma of a Gaussian table that is alone, and of one with a factor
 FLAT, DIGIT = 14, 2048  # the scale of a two-sided Laplace table that is alone; cells of a digit
-SKELLAM_TABLE, SKELLAM_MOST = 1 << 20, 1 << 28
+SKELLAM_TABLE, SKELLAM_MOST = 3 << 20, 3 << 28
 LARGEST = 2**48  # sigma or scale: 100 of them stay far inside int64
 MOST_DRAWS = 2**36
+COARSER = "use a coarser grid: noise is in steps of the grid"
 CHUNK = 1 << 16  # words at a time: half a megabyte stays in the second-level cache
 
 
@@ -89,9 +89,12 @@ def discrete_gaussian(shape: Shape, sigma: float | Fraction, source: Source | No
     """Draw int64 noise with P(x) proportional to exp(-x^2 / (2 sigma^2)).
 
     sigma: in integer units, in (0, 2^48]; the variance is at most sigma^2, and equal to it within 1e-6 from
-    sigma = 1 on. Gives (sensitivity^2 / (2 sigma^2))-zCDP in L2 (Canonne et al. 2020, theorem 4). Raises ConfigError.
+    sigma = 1 on. Gives (sensitivity^2 / (2 sigma^2))-zCDP in L2 (Canonne et al. 2020, theorem 4).
+    Raises ConfigError.
     """
-    return draw(_gaussian(_positive("discrete_gaussian", "sigma", sigma, LARGEST) ** 2), shape, source)
+    return draw(
+        _gaussian(positive("discrete_gaussian", "sigma", sigma, LARGEST, COARSER) ** 2), shape, source
+    )
 
 
 def discrete_laplace(shape: Shape, scale: float | Fraction, source: Source | None = None) -> Tensor:
@@ -100,16 +103,16 @@ def discrete_laplace(shape: Shape, scale: float | Fraction, source: Source | Non
     scale: in integer units, in (0, 2^48]. Gives (sensitivity / scale)-DP in L1 (Ghosh, Roughgarden,
     Sundararajan 2009), but for `total_variation`. Raises ConfigError.
     """
-    return draw(_laplace(_positive("discrete_laplace", "scale", scale, LARGEST)), shape, source)
+    return draw(_laplace(positive("discrete_laplace", "scale", scale, LARGEST, COARSER)), shape, source)
 
 
 def skellam(shape: Shape, mu: float | Fraction, source: Source | None = None) -> Tensor:
     """Draw the int64 difference of two Poisson(mu) variables: variance 2 mu; shares add up to Skellam again.
 
-    mu: in (0, 2^28]; time grows by mu / 2^20. Source: Agarwal, Kairouz, Liu 2021, arXiv:2110.04995.
+    mu: in (0, 3 * 2^28]; time grows with mu / (3 * 2^20). Source: Agarwal, Kairouz, Liu 2021, arXiv:2110.04995.
     Raises ConfigError.
     """
-    exact = _positive("skellam", "mu", mu, SKELLAM_MOST, "draw a discrete Gaussian, or use a coarser grid")
+    exact = positive("skellam", "mu", mu, SKELLAM_MOST, "draw a discrete Gaussian, or use a coarser grid")
     pieces = math.ceil(exact / SKELLAM_TABLE)
     return draw((_skellam(exact / pieces),) * pieces, shape, source)
 
@@ -150,7 +153,7 @@ def draw(tables: Sequence[Table], shape: Shape, source: Source | None = None) ->
     """Sum one draw from each table, for every element of an int64 tensor of this shape."""
     size, count = _size(shape)
     words, out = _stream(source), torch.zeros(count, dtype=torch.int64)
-    for part in out.split(CHUNK):
+    for part in torch.split(out, CHUNK):
         for table in tables:
             _pick(table, words, part)
     return out.reshape(size)
@@ -310,20 +313,19 @@ def _reach(variance: float, bits: int) -> int:
     return high
 
 
-def _positive(
-    where: str, name: str, value: float | Fraction, most: int, hint: str = "use a coarser grid"
-) -> Fraction:
-    fits = isinstance(value, int | float | Rational) and not isinstance(value, bool)
-    if not (fits and math.isfinite(value) and 0 < value <= most):
-        rule = f"must be a number in (0, {most}], in integer units"
-        raise ConfigError(f"{where}({name}={value!r}): {name} {rule}", hint)
+def positive(where: str, name: str, value: object, most: float = math.inf, hint: str = "") -> Fraction:
+    """The exact value of an argument that must be a finite number in (0, most]; else ConfigError."""
+    known = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
+    if not (known and math.isfinite(value) and 0 < value <= most):
+        raise ConfigError(
+            f"{where}({name}={value!r}): {name} must be a finite number in (0, {most:.6g}]", hint
+        )
     return Fraction(value)
 
 
 def _size(shape: Shape) -> tuple[tuple[int, ...], int]:
     size = (shape,) if isinstance(shape, int) else tuple(shape)
     if min(size, default=0) < 0 or math.prod(size) > MOST_DRAWS:
-        raise ConfigError(
-            f"noise of shape {size}: at most {MOST_DRAWS} draws at once", "draw a part at a time"
-        )
+        rule = f"no side below 0, and at most {MOST_DRAWS} draws at once"
+        raise ConfigError(f"noise of shape {size}: {rule}", "draw a part at a time")
     return size, math.prod(size)
