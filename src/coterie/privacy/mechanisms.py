@@ -49,11 +49,15 @@ def exponential(
         )
     rate = noise.positive("exponential", "epsilon", epsilon)
     rate /= noise.positive("exponential", "sensitivity", sensitivity) * (1 if monotonic else 2)
-    best = Fraction(max(values))
-    below = [min(rate * (best - Fraction(each)), Fraction(FLOOR)) for each in values]
-    sums = list(accumulate(noise.exp_fixed(each, BITS) for each in below))
+    sums = list(accumulate(_weights(values, rate)))
     drawn = noise.integer_below(sums[-1], source)
     return sum(drawn >= each for each in sums)
+
+
+def _weights(scores: Sequence[float], rate: Fraction) -> list[int]:
+    best = Fraction(max(scores))
+    below = (min(rate * (best - Fraction(each)), Fraction(FLOOR)) for each in scores)
+    return [noise.exp_fixed(each, BITS) for each in below]
 
 
 def randomised_response(

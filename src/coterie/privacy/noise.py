@@ -35,6 +35,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def total_variation(count: int) -> float:
     """Bound the total-variation distance between `count` draws of any law here and as many ideal ones.
 
     2^-90 a draw: at most 256 tables, each off by 2^-102 where its tail is cut (12 sigma, 72 scales) and
-    2^-113 a cell of at most 2^16, rounded; at most 8 sums of Gaussians at 2^-111.
+    2^-112 where it is rounded; at most 8 sums of Gaussians at 2^-111.
     """
     return count * 2.0**-90
 
@@ -109,7 +110,7 @@ def discrete_laplace(shape: Shape, scale: float | Fraction, source: Source | Non
 def skellam(shape: Shape, mu: float | Fraction, source: Source | None = None) -> Tensor:
     """Draw the int64 difference of two Poisson(mu) variables: variance 2 mu; shares add up to Skellam again.
 
-    mu: in (0, 3 * 2^28]; time grows with mu / (3 * 2^20). Source: Agarwal, Kairouz, Liu 2021, arXiv:2110.04995.
+    mu: in (0, 3 * 2^28]; time grows with mu / (3 * 2^20). Agarwal, Kairouz, Liu 2021, arXiv:2110.04995.
     Raises ConfigError.
     """
     exact = positive("skellam", "mu", mu, SKELLAM_MOST, "draw a discrete Gaussian, or use a coarser grid")
@@ -249,11 +250,15 @@ def _gaussian(variance: Fraction) -> tuple[Table, ...]:
     """Tables whose sum is the discrete Gaussian of this variance parameter."""
     if variance <= NARROW**2:
         return (_gaussian_table(variance),)
+    fine, coarse, factor = _split(variance)
+    return (*_gaussian(fine), _gaussian_table(coarse, factor))
+
+
+def _split(variance: Fraction) -> tuple[Fraction, Fraction, int]:
+    """(fine, coarse, factor) with fine + factor^2 * coarse = variance and fine * coarse >= 4 * variance."""
     factor = math.isqrt(math.ceil(variance) - 1) // MEDIUM + 1
-    hidden = 5 * factor**2  # at 4 the bound would hold for an infinite sigma
-    coarse = (variance - hidden) / factor**2
-    assert coarse * hidden >= 4 * variance
-    return (*_gaussian(Fraction(hidden)), _gaussian_table(coarse, factor))
+    fine = Fraction(5 * factor**2)  # at 4 the bound would hold for an infinite variance
+    return fine, (variance - fine) / factor**2, factor
 
 
 def _gaussian_table(variance: Fraction, factor: int = 1) -> Table:
@@ -313,7 +318,7 @@ def _reach(variance: float, bits: int) -> int:
     return high
 
 
-def positive(where: str, name: str, value: object, most: float = math.inf, hint: str = "") -> Fraction:
+def positive(where: str, name: str, value: Any, most: float = math.inf, hint: str = "") -> Fraction:
     """The exact value of an argument that must be a finite number in (0, most]; else ConfigError."""
     known = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
     if not (known and math.isfinite(value) and 0 < value <= most):
