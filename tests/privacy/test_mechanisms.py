@@ -98,6 +98,7 @@ def test_exponential_draws_fit(monotonic):
 
 
 def test_large_integers_keep_all_their_bits():
+    assert exponential([0, 10**400], epsilon=1.0, sensitivity=1.0) == 1
     near = [2**60, 2**60 + 1]  # equal as floats
     assert chances(near, 2, 1)[1] / chances(near, 2, 1)[0] > e(0.99)
 

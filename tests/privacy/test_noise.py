@@ -181,6 +181,15 @@ def test_the_stream_is_the_chacha20_of_openssl():
     assert blocks(KEY, counter, 5) == cipher.update(bytes(5 * 1024))
 
 
+@needs_compiler
+def test_successive_words_use_each_block_of_the_stream_once():
+    words = noise._stream(lambda count: KEY[:count])
+    found = np.concatenate([words(128), words(256), words(128)]).view(np.uint32)
+    cipher = Cipher(algorithms.ChaCha20(KEY, bytes(16)), None).encryptor()
+    whole = np.frombuffer(cipher.update(bytes(4096)), np.uint32)
+    assert (np.sort(found) == np.sort(whole)).all()
+
+
 def blocks(key, counter, groups):
     """Bytes of the kernel's stream, put in the order of the RFC."""
     out = torch.empty(groups * 256, dtype=torch.int32)
@@ -388,11 +397,17 @@ def test_uniform_below(n):
 # --- refusals
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), 2.0**49, "4", True, None])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), 2.0**49, 10**400, "4", True, None])
 @pytest.mark.parametrize("sampler", PMF)
 def test_scales_that_cannot_be_are_refused(sampler, value):
     with pytest.raises(ConfigError, match=r"must be a finite number in \(0, "):
         sampler(3, value)
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-9, Fraction(1, 10**400)])
+@pytest.mark.parametrize("sampler", PMF)
+def test_next_to_no_noise_is_none(sampler, value):
+    assert not sampler(1000, value).any()
 
 
 @pytest.mark.parametrize("shape", [-1, (3, -2), (2**20, 2**20)])

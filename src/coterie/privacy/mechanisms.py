@@ -43,7 +43,7 @@ def exponential(
     Raises ConfigError.
     """
     values = scores.flatten().tolist() if isinstance(scores, Tensor) else list(scores)
-    if not values or not all(map(math.isfinite, values)):
+    if not values or not all(-math.inf < each < math.inf for each in values):
         raise ConfigError(
             f"exponential(scores={values}): scores must be finite, and there must be one at least"
         )

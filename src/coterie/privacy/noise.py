@@ -292,9 +292,10 @@ def _geometric(scale: Fraction, count: int) -> list[int]:
 @lru_cache(maxsize=64)
 def _skellam(mu: Fraction) -> Table:
     """P(k) = exp(-2 mu) I_|k|(2 mu), by Miller's backward recurrence I_(k-1) = I_(k+1) + (k / mu) I_k."""
-    last = _reach(2 * float(mu), 103)
+    wide = 2 * max(float(mu), 1e-300)  # float(mu) may be 0
+    last = _reach(wide, 103)
     above, here, weights = 0, 1 << BITS, []
-    for k in range(_reach(2 * float(mu), 240), 0, -1):
+    for k in range(_reach(wide, 240), 0, -1):
         if k <= last:
             weights.append(here)
         above, here = here, above + k * mu.denominator * here // mu.numerator
@@ -321,7 +322,7 @@ def _reach(variance: float, bits: int) -> int:
 def positive(where: str, name: str, value: Any, most: float = math.inf, hint: str = "") -> Fraction:
     """The exact value of an argument that must be a finite number in (0, most]; else ConfigError."""
     known = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
-    if not (known and math.isfinite(value) and 0 < value <= most):
+    if not (known and 0 < value <= most and value < math.inf):
         raise ConfigError(
             f"{where}({name}={value!r}): {name} must be a finite number in (0, {most:.6g}]", hint
         )
