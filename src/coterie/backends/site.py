@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from coterie.core.errors import CoterieError
 from coterie.core.gather import Gathered, OnNan, accept, accept_block, empty
 from coterie.core.packing import pack
+from coterie.core.transforms import encoded, encoded_block
 from coterie.core.trees import map_tree
 from coterie.core.types import Algorithm, ClientId, Lost, Replies, Reply, Task, Tree
 
@@ -87,7 +88,7 @@ class Site:
             reply, after = self.trainer.fit(self.algorithm, task, memory, self.data(task.client))
             if after is not None:
                 self.memories.put(task.client, task.id, after)
-            return reply
+            return encoded(self.algorithm, reply)
         except CoterieError:
             raise  # a mistake in the experiment, not in the client
         except Exception as error:
@@ -164,7 +165,7 @@ class Site:
                     self.memories.put(
                         task.client, task.id, map_tree(lambda leaf, row=row: leaf[row].clone(), after)
                     )
-            yield replies
+            yield from encoded_block(self.algorithm, replies)
 
 
 def unstacked(block: Replies) -> Iterator[Reply]:

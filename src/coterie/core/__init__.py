@@ -1,7 +1,7 @@
 """The core: types, tree maths, exact sums, seeds, and the loop that runs a plan. Knows torch, nothing else.
 
 Read `types` first; it is the architecture. Then `gather` (how replies are folded), `exact` (why their
-order does not matter), `drive` (how a plan meets a backend) and `seeds` (why a run repeats). `native` holds
+order does not matter), `transforms` (what happens to an update before the sum), `drive` (how a plan meets a backend) and `seeds` (why a run repeats). `native` holds
 the kernels in C.
 Algorithms, schedules, data and I/O do not live here.
 """
@@ -33,6 +33,7 @@ from coterie.core.gather import (
     unfolded,
 )
 from coterie.core.seeds import Key, derive, rng, seeded, uniform
+from coterie.core.transforms import transformed
 from coterie.core.types import (
     Action,
     Aggregator,
@@ -51,6 +52,7 @@ from coterie.core.types import (
     Task,
     Tick,
     Timer,
+    Transform,
     Tree,
 )
 
@@ -58,7 +60,7 @@ __all__ = [
     "Action", "Aggregator", "Algorithm", "Backend", "Cancel", "ClientId", "ClientWork", "Commit",
     "ConfigError", "CoterieError", "DataError", "Event", "Fenced", "Fold", "Gathered", "Interrupted",
     "Key", "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost", "Reply",
-    "RunError", "Schedule", "Task", "Tick", "Timer", "Tree", "accept", "ask", "awaits", "derive", "drive",
-    "empty", "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take", "unfolded",
-    "uniform",
+    "RunError", "Schedule", "Task", "Tick", "Timer", "Transform", "Tree", "accept", "ask", "awaits", "derive", "drive",
+    "empty", "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take", "transformed",
+    "unfolded", "uniform",
 ]  # fmt: skip

@@ -124,6 +124,16 @@ def mean(acc: Tree) -> tuple[Tree, float, int]:
     return trees.map_tree(leaf, acc["hi"], acc["lo"], acc["like"]), weight, count
 
 
+def total(acc: Tree) -> tuple[Tree | None, float, int]:
+    """Return (sum, sum of weights, number of updates): float64, and int64 of integer leaves; None of none."""
+    if acc is None:
+        return None, 0.0, 0
+    summed = trees.map_tree(
+        lambda hi, lo: hi + lo if hi.is_floating_point() else hi, acc["hi"], acc["lo"]
+    )
+    return summed, float(acc["weight"]), acc["count"]
+
+
 def dot(values: Sequence[float], weights: Sequence[float] | None = None) -> Fraction:
     """The exact sum of values * weights (of values, without weights); all must be finite."""
     total, common = (

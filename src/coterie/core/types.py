@@ -141,6 +141,19 @@ class Aggregator(NamedTuple):
     linear: bool  # False: it must see each reply (Krum, median) and holds O(cohort) memory
 
 
+class Transform(NamedTuple):
+    """What happens to updates between training and the next state: clip, noise, quantise, sparsify.
+
+    A chain's `encode`s run at the client, one after the other; its `close`s at the server, in reverse.
+    """
+
+    encode: Callable[[Tree, Tree, Sequence[Task]], Tree]  # ups [tasks, ...], hint, tasks -> ups
+    close: Callable[[Tree, Tree], tuple[Tree, Tree]] = lambda aggregate, state: (aggregate, state)
+    init: Callable[[], Tree] = dict  # -> the server's own state
+    hint: Callable[[Tree], Tree] | None = None  # state -> what the clients must know of it
+    cohort: int | None = None  # client-level privacy: sum, divide by this; all else about a client is withheld
+
+
 @dataclass(frozen=True, slots=True)
 class Algorithm:
     """A federated algorithm, written once, for every backend.
@@ -154,7 +167,7 @@ class Algorithm:
     aggregator: Aggregator
     finalize: Callable[[Tree, Tree, float, int], Tree]  # state, aggregate, weight, count -> state
     local: Callable[[int], Mapping[str, Any]]  # version -> Task.config: epochs, batch_size, lr, weighting
-    transforms: tuple[Any, ...] = ()  # Transform records: clip, noise, quantise, sparsify
+    transforms: tuple[Transform, ...] = ()  # joined by `core.transforms`
 
 
 class Schedule(Protocol):

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from coterie.aggregators import krum, mean
 from coterie.algorithms import ALGORITHMS, OPTIMIZERS, Local, gradient
 from coterie.backends import Device, InProcess, Pool, Site, Store, Trainer, ray_cluster, workers
-from coterie.core import Aggregator, Algorithm, ClientId, ConfigError, derive, native, seeded
+from coterie.core import (
+    Aggregator,
+    Algorithm,
+    ClientId,
+    ConfigError,
+    derive,
+    native,
+    seeded,
+    transformed,
+)
 from coterie.data import (
     DATASETS,
     PARTITIONS,
@@ -28,6 +37,7 @@ from coterie.data import (
 )
 from coterie.experiment import parts
 from coterie.experiment.config import Config, data_folders, to_dict
+from coterie.experiment.privacy import TRANSFORMS, Promise, chain_of, promise, refuse_parts, with_multiplier
 from coterie.experiment.system import device
 from coterie.models import MODELS
 from coterie.schedules import SCHEDULES, STALENESS, Buffered, Gossip
@@ -55,6 +65,7 @@ class Parts:
     test: tuple[Tensor, Tensor]  # the global test set
     model: nn.Module | None  # objects that were given instead of names in the config
     fit: Callable[..., Any] | None
+    promise: Promise | None = None  # of privacy
 
     def pool(self, memories: Store) -> Pool:
         """Who answers the clients' tasks: this process, several, or a Ray cluster."""
@@ -97,19 +108,35 @@ def assemble(
 
     Raises ConfigError or DataError.
     """
-    _refuse_unbuilt(config)
     dataset = dataset or load_dataset(config, data_dir)
     population = load_population(config, dataset)
     problem, initial = _problem(config, dataset, model)
-    local, algorithm = _algorithm(config, len(population.clients))
     schedule = _schedule(config, population)
+    promised = promise(config, schedule, len(population.clients))
+    if promised is not None:
+        schedule = replace(schedule, rounds=promised.rounds)
+    config = with_multiplier(config, promised)
+    local, algorithm = _algorithm(config, len(population.clients))
+    refuse_parts(config, promised, algorithm, initial)
     trainer, note = _trainer(config, problem, algorithm, population, fit)
     test = _test(population)
     some = dataset.train if dataset.remote else None
     inputs, targets = (dataset.prepare(some.x[:2]), some.y[:2]) if some else (test[0][:2], test[1][:2])
     problem.check(inputs, targets, len(dataset.classes) if dataset.classes else None)
     made = Parts(
-        config, population, problem, initial, local, algorithm, schedule, trainer, note, test, model, fit
+        config,
+        population,
+        problem,
+        initial,
+        local,
+        algorithm,
+        schedule,
+        trainer,
+        note,
+        test,
+        model,
+        fit,
+        promised,
     )
     made.device()  # checks [system]
     _refuse_pairs(made)
@@ -235,6 +262,9 @@ def resolved(config: Config) -> dict[str, Any]:
     out["schedule"] = parts.resolve(
         SCHEDULES, section, "schedule", ("key", "size", "on_nan", "staleness", "pooled")
     )
+    out["transforms"] = [
+        parts.resolve(TRANSFORMS, each, f"transforms[{place}]") for place, each in enumerate(config.transforms)
+    ]
     if staleness:
         out["schedule"]["staleness"] = parts.resolve(STALENESS, staleness, "schedule.staleness")
     return out
@@ -284,7 +314,8 @@ def _algorithm(config: Config, population: int) -> tuple[Local, Algorithm]:
     if "local" not in named:  # what the baselines train with instead
         server_side = provided["server"] or OPTIMIZERS["sgd"](0.1)
         local = Local(optimizer=lambda lr: server_side, batch_size=None)
-    return local, parts.build(ALGORITHMS, section, "algorithm", provided)
+    base = parts.build(ALGORITHMS, section, "algorithm", provided)
+    return local, transformed(base, chain_of(config, population))
 
 
 def _local(client: dict[str, Any]) -> Local:
@@ -384,12 +415,6 @@ def _test(population: Population) -> tuple[Tensor, Tensor]:
             "set data.holdout = 0.1, or give the data set a test part",
         )
     return test
-
-
-def _refuse_unbuilt(config: Config) -> None:
-    """Name what a config may hold one day, and this version does not have."""
-    if config.transforms:
-        raise ConfigError("transforms: this version has none yet", "leave [[transforms]] out")
 
 
 def _refuse_pairs(made: Parts) -> None:

@@ -4,6 +4,6 @@ A transform is a `core.types.Transform`; how a chain of them joins an algorithm 
 is in `privacy`.
 """
 
-from __future__ import annotations
+from coterie.transforms.clip import adaptive_clip, clip
 
-__all__: list[str] = []
+__all__ = ["adaptive_clip", "clip"]
