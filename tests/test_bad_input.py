@@ -94,7 +94,7 @@ def test_the_good_config_is_good(coterie):
         (["algorithm.kind=dpsgd"], "dpsgd has no server", "gossip"),
         (["algorithm.weighting=client"], "this data names no weights", "data.weight"),
         (["algorithm.aggregator={kind='krum', byzantine=1}"], "krum(byzantine=1) needs 5", "cohort"),
-        (["transforms=[{kind='clip', norm=1.0}]"], "transforms", "leave"),
+        (["transforms=[{kind='clp', norm=1.0}]"], "transforms", "clip"),
         (["model={kind='nothere:Net'}"], "there is no module 'nothere'", "file.py:Name"),
         (["model={kind='model.py:Net'}"], "there is no file", ""),
         (["data={dataset='mnist', partition={kind='iid', clients=3}}"], "mnist", "download"),

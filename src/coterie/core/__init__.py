@@ -1,8 +1,8 @@
 """The core: types, tree maths, exact sums, seeds, and the loop that runs a plan. Knows torch, nothing else.
 
-Read `types` first; it is the architecture. Then `gather` (how replies are folded), `exact` (why their
-order does not matter), `transforms` (what happens to an update before the sum), `drive` (how a plan meets a backend) and `seeds` (why a run repeats). `native` holds
-the kernels in C.
+Read `types` first; it is the architecture. Then `gather` (how replies are folded), `exact` (why their order
+does not matter), `transforms` (what happens to updates on their way), `drive` (how a plan meets a backend)
+and `seeds` (why a run repeats). `native` holds the kernels in C.
 Algorithms, schedules, data and I/O do not live here.
 """
 
@@ -60,7 +60,7 @@ __all__ = [
     "Action", "Aggregator", "Algorithm", "Backend", "Cancel", "ClientId", "ClientWork", "Commit",
     "ConfigError", "CoterieError", "DataError", "Event", "Fenced", "Fold", "Gathered", "Interrupted",
     "Key", "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost", "Reply",
-    "RunError", "Schedule", "Task", "Tick", "Timer", "Transform", "Tree", "accept", "ask", "awaits", "derive", "drive",
-    "empty", "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take", "transformed",
-    "unfolded", "uniform",
+    "RunError", "Schedule", "Task", "Tick", "Timer", "Transform", "Tree", "accept", "ask", "awaits",
+    "derive", "drive", "empty", "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take",
+    "transformed", "unfolded", "uniform",
 ]  # fmt: skip

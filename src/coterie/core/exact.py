@@ -128,9 +128,7 @@ def total(acc: Tree) -> tuple[Tree | None, float, int]:
     """Return (sum, sum of weights, number of updates): float64, and int64 of integer leaves; None of none."""
     if acc is None:
         return None, 0.0, 0
-    summed = trees.map_tree(
-        lambda hi, lo: hi + lo if hi.is_floating_point() else hi, acc["hi"], acc["lo"]
-    )
+    summed = trees.map_tree(lambda hi, lo: hi + lo if hi.is_floating_point() else hi, acc["hi"], acc["lo"])
     return summed, float(acc["weight"]), acc["count"]
 
 

@@ -1,4 +1,4 @@
-"""A chain of transforms joined to an algorithm: the server's half in `transformed`, the client's in `encoded`.
+"""A chain of transforms joined to an algorithm: `transformed` for the server's half, `encoded` the client's.
 
 The client's half runs after the trainer and never inside it: a recorded graph or a `vmap` would freeze what
 must be drawn anew. No trainer, gathering or schedule knows of it.
@@ -125,9 +125,7 @@ def encoded(algorithm: Algorithm, reply: Reply) -> Reply | Lost:
         return reply
     metrics = {name: [value] for name, value in reply.metrics.items()}
     ups = trees.map_tree(lambda leaf: leaf.unsqueeze(0), reply.up)
-    (made,) = encoded_block(
-        algorithm, Replies([reply.task], ups, [reply.weight], metrics, [reply.samples])
-    )
+    (made,) = encoded_block(algorithm, Replies([reply.task], ups, [reply.weight], metrics, [reply.samples]))
     if isinstance(made, Lost):
         return made
     told = {name: values[0] for name, values in made.metrics.items()}

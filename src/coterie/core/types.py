@@ -151,7 +151,7 @@ class Transform(NamedTuple):
     close: Callable[[Tree, Tree], tuple[Tree, Tree]] = lambda aggregate, state: (aggregate, state)
     init: Callable[[], Tree] = dict  # -> the server's own state
     hint: Callable[[Tree], Tree] | None = None  # state -> what the clients must know of it
-    cohort: int | None = None  # client-level privacy: sum, divide by this; all else about a client is withheld
+    cohort: int | None = None  # client-level privacy: sum, divide by this, withhold all else of a client
 
 
 @dataclass(frozen=True, slots=True)

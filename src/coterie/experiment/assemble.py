@@ -263,7 +263,8 @@ def resolved(config: Config) -> dict[str, Any]:
         SCHEDULES, section, "schedule", ("key", "size", "on_nan", "staleness", "pooled")
     )
     out["transforms"] = [
-        parts.resolve(TRANSFORMS, each, f"transforms[{place}]") for place, each in enumerate(config.transforms)
+        parts.resolve(TRANSFORMS, each, f"transforms[{place}]")
+        for place, each in enumerate(config.transforms)
     ]
     if staleness:
         out["schedule"]["staleness"] = parts.resolve(STALENESS, staleness, "schedule.staleness")

@@ -21,8 +21,9 @@ import grpc
 from coterie import security
 from coterie.backends import telemetry
 from coterie.backends.network import Hub, NetworkBackend, RunOpened, Server, operators
-from coterie.core import ClientId, Tree, trees
+from coterie.core import ClientId, Task, Tree, trees
 from coterie.core.errors import ConfigError, CoterieError
+from coterie.core.transforms import encode, update_like
 from coterie.experiment.assemble import Parts
 from coterie.experiment.queue import Queue, Quotas
 from coterie.experiment.records import Progress
@@ -457,11 +458,10 @@ def placed(parts: Parts, sites: Sequence[str]) -> Callable[[ClientId], str]:
 def expected(parts: Parts) -> Tree:
     """An update as every client must send it: its names, shapes and dtypes."""
     algorithm = parts.algorithm
-    down, config = algorithm.broadcast(algorithm.init(parts.initial)), algorithm.local(0)
-    work = algorithm.client_work
-    memory = work.remember(down) if work.remember else None
-    params, carry = work.start(down, memory, config)
-    return work.finish(params, down, carry, 1)[0]
+    state = algorithm.init(parts.initial)
+    like = trees.map_tree(lambda leaf: leaf.unsqueeze(0), update_like(algorithm, state))
+    made = encode(algorithm.transforms, like, [Task(0, "", 0, 0, algorithm.broadcast(state))])
+    return trees.map_tree(lambda leaf: leaf[0], made)
 
 
 def _toml(text: str) -> dict[str, Any]:

@@ -6,19 +6,23 @@ and `privacy`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from coterie.core import Algorithm, ConfigError, Transform, derive
 from coterie.experiment import parts
 from coterie.experiment.config import Config, Section
+from coterie.privacy.accounting import Release, bound
 from coterie.privacy.added import FEW_BITS, At, Mechanism, noise
+from coterie.storage import write_atomic
 from coterie.transforms import adaptive_clip, clip
 
 Accountant = Literal["pld", "rdp"]
+LEDGER = "privacy.json"  # of a run folder
 SIMULATED = "simulated noise: not private"
 SERVERS = ("synchronous", "hierarchical")  # schedules whose rounds are sums over one cohort
 LIMITS = (
@@ -127,6 +131,7 @@ class Promise:
     cohort: int
     wanted: int
     rounds: int
+    lost: int = 0  # rounds that may have been released before a crash, and that no checkpoint holds
 
     def epsilon(self, rounds: int) -> float:
         """What so many rounds spend."""
@@ -157,7 +162,9 @@ class Promise:
         if at == "shares":
             notes.insert(0, f"secure aggregation, and at least {self.noise['least']} honest repliers a round")
         if self.sampling == "poisson":
-            notes.insert(0, "each client is in a round independently with the sampling rate, unseen by others")
+            notes.insert(
+                0, "each client is in a round independently with the sampling rate, unseen by others"
+            )
         else:
             notes.insert(0, "no amplification by sampling is credited: a client may be in every round")
         if not protected:
@@ -300,7 +307,7 @@ def _refuse_chain(chain: list[tuple[str, Section]], place: int) -> None:
     told, before = chain[place][1], chain[place - 1][1]
     if told["mechanism"] == "laplace" and before["order"] != 1:
         raise ConfigError(
-            f"transforms[{place}]: laplace noise is accounted for in L1, and the clip is in L{before['order']}",
+            f"transforms[{place}]: laplace noise is accounted for in L1, the clip is in L{before['order']}",
             "set order = 1 in the clip, or use gaussian noise",
         )
     if before["adaptive"] and told["at"] == "client":
@@ -324,8 +331,8 @@ def _refuse_schedule(config: Config, told: Section, schedule: Any, clients: int)
         )
     if told["delta"] >= 1 / clients:
         raise ConfigError(
-            f"delta = {told['delta']}: with {clients} clients it must be below {1 / clients:.3g}, else giving "
-            "one client's data away would be allowed",
+            f"delta = {told['delta']}: with {clients} clients it must be below {1 / clients:.3g}, else "
+            "giving one client's data away would be allowed",
             f"{0.1 / clients:.0e} is a tenth of that",
         )
     if told["least"] is not None:
@@ -334,7 +341,7 @@ def _refuse_schedule(config: Config, told: Section, schedule: Any, clients: int)
         needed = math.ceil(quorum * cohort) if isinstance(quorum, float) else quorum
         if needed < told["least"]:
             raise ConfigError(
-                f"schedule.quorum = {quorum}: below least = {told['least']} replies the sum has too little noise",
+                f"schedule.quorum = {quorum}: below least = {told['least']} replies is too little noise",
                 f"set schedule.quorum = {told['least']} or more",
             )
 
@@ -353,7 +360,7 @@ def epsilon(promise: Promise, multiplier: float, rounds: int) -> float:
         # Agarwal, Kairouz, Liu 2021, theorem 3.5, over integers of norm D >= 2^bits, where |x|_1 <= D^2: its
         # RDP is at most alpha / 2 (1 / z^2 + 3.5 / (z^4 D^2)), as that of a Gaussian with less noise
         z = (z**-2 + 3.5 * z**-4 * 4.0**-FEW_BITS) ** -0.5
-    return _spent(told["mechanism"], z, promise.rate, rounds, told["delta"], told["accountant"])
+    return _spent(told, z, promise.rate, rounds)
 
 
 def calibrated(promise: Promise) -> float:
@@ -389,19 +396,55 @@ def affordable(promise: Promise, spent: int = 0) -> int:
     return high - spent
 
 
-@lru_cache(maxsize=256)
-def _spent(
-    mechanism: str, multiplier: float, rate: float, rounds: int, delta: float, accountant: str
-) -> float:
+def _spent(told: Section, multiplier: float, rate: float, rounds: int) -> float:
     if not rounds:
         return 0.0
-    import dp_accounting  # 1.2 s: only runs with noise pay for it
-    from dp_accounting.pld import PLDAccountant
-    from dp_accounting.rdp import RdpAccountant
+    kind: Literal["laplace", "gaussian"] = "laplace" if told["mechanism"] == "laplace" else "gaussian"
+    sampling: Literal["poisson", "none"] = "poisson" if rate < 1 else "none"
+    release = Release(mechanism=kind, noise=multiplier, steps=rounds, sampling=sampling, rate=rate)
+    spent = bound([release], delta=told["delta"], accountant=told["accountant"], neighbours="add/remove")
+    return spent.epsilon
 
-    kind = dp_accounting.LaplaceDpEvent if mechanism == "laplace" else dp_accounting.GaussianDpEvent
-    event = kind(multiplier)
-    if rate < 1:
-        event = dp_accounting.PoissonSampledDpEvent(rate, event)
-    made = PLDAccountant() if accountant == "pld" else RdpAccountant()
-    return float(made.compose(event, rounds).get_epsilon(delta))
+
+def reopened(made: Any, folder: Path) -> Any:
+    """The parts of a run that goes on, with what was spent before, and its ledger marked as open.
+
+    A run that ended without closing its ledger may have released one round more than it kept. Raises
+    ConfigError when the ledger in the folder is not that of the config.
+    """
+    promised: Promise | None = made.promise
+    if promised is None:
+        return made
+    path, mine = folder / LEDGER, promised.ledger()
+    kept = json.loads(path.read_text("utf-8")) if path.exists() else {**mine, "open": False, "lost": 0}
+    wrong = next((name for name in mine if kept.get(name) != mine[name]), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"--resume {folder}: its privacy ledger says {wrong} = {kept.get(wrong)!r}, the config gives "
+            f"{mine[wrong]!r}: what was spent and what would be spent do not belong together",
+            "resume with the config and the rounds it was started with, or start a new run",
+        )
+    # simulated noise is the same again when a round is repeated
+    lost = kept["lost"] + (1 if kept["open"] and promised.noise["protected"] else 0)
+    write_atomic(path, json.dumps({**mine, "open": True, "lost": lost}).encode())
+    promised = replace(promised, lost=lost, rounds=affordable(promised, lost))
+    return replace(made, promise=promised, schedule=replace(made.schedule, rounds=promised.rounds))
+
+
+def closed(promise: Promise | None, folder: Path) -> None:
+    """Write down that the run ended in order: no round is in flight."""
+    if promise is not None:
+        ended = {**promise.ledger(), "open": False, "lost": promise.lost}
+        write_atomic(folder / LEDGER, json.dumps(ended).encode())
+
+
+def told(promise: Promise | None, rounds: int) -> Section | None:
+    """result.json["privacy"] after so many committed rounds; None without noise."""
+    if promise is None:
+        return None
+    withheld = ["train metrics", "evaluation of clients", *["clients' data"] * promise.noise["protected"]]
+    return {
+        "claims": promise.claims(rounds + promise.lost),
+        "ledger": {**promise.ledger(), "rounds": rounds, "lost": promise.lost},
+        "withheld": withheld,
+    }

@@ -39,7 +39,7 @@ class Result:
     seed: int
     task: str
     rounds: int
-    status: str  # "finished", "failed", "interrupted"
+    status: str  # "finished", "budget spent", "failed", "interrupted"
     final: Mapping[str, float]
     clients: Mapping[str, float] | None
     baselines: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Result:
     seconds: Mapping[str, float]
     model_digest: str
     trainer: Mapping[str, Any] = field(default_factory=dict)  # kind, and what batches each layer
-    privacy: None = None
+    privacy: Mapping[str, Any] | None = None  # {"claims": [...], "ledger": {...}, "withheld": ...}
     error: str | None = None
     model: Any = field(default=None, repr=False)  # {"params", "buffers"}: tensors
 

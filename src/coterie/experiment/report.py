@@ -110,7 +110,7 @@ def render(folder: Path) -> str:
     """The report of a run folder as one HTML page. Raises DataError like `read`."""
     run = read(folder)
     status = str(run.result.get("status") or "unfinished")
-    known = status if status in {"finished", "failed", "interrupted"} else ""
+    known = status if status in {"finished", "budget spent", "failed", "interrupted"} else ""
     error = f'<p class="error" role="alert">{escape(str(e))}</p>' if (e := run.result.get("error")) else ""
     header = f"""<header>
 <p class="eyebrow">Federated run</p>
@@ -128,6 +128,7 @@ def render(folder: Path) -> str:
         _partition(run),
         _traffic(run),
         _training(run),
+        _privacy(run),
     ]
     return pages.page(run.name, f'{header}\n<div class="grid">\n{"".join(cards)}</div>\n{_reproduce(run)}')
 
@@ -261,10 +262,10 @@ def _tiles(run: Run) -> str:
         ("Sent down", show_bytes(run.bytes("down"))),
         ("Wall-clock time", _duration(run.seconds())),
     ]
-    privacy = run.result.get("privacy") or {}
-    if (epsilon := number(privacy.get("epsilon"))) is not None:
-        delta = number(privacy.get("delta"))
-        tiles.append(("Privacy ε" if delta is None else f"Privacy ε at δ = {delta:.0e}", f"{epsilon:.3g}"))
+    for claim in (run.result.get("privacy") or {}).get("claims") or ():
+        if (epsilon := number(claim.get("epsilon"))) is not None:
+            label = "" if claim.get("protected") else " (simulated noise: not private)"
+            tiles.append((f"Privacy ε at δ = {number(claim.get('delta')) or 0:.0e}{label}", f"{epsilon:.3g}"))
     return '<dl class="tiles">' + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in tiles) + "</dl>"
 
 
@@ -387,6 +388,28 @@ def _training(run: Run) -> str:
     table = pages.table(["layer", "batched by"], rows)
     title = f"How clients were trained: {told['kind']}"
     return pages.card(title, table if rows else "", means.get(str(told["kind"]), ""))
+
+
+def _privacy(run: Run) -> str:
+    """Each claim in words, with what it rests on; nothing for runs without noise."""
+    told = run.result.get("privacy") or {}
+    lines = []
+    for claim in told.get("claims") or ():
+        label = "" if claim.get("protected") else "<strong>Simulated noise: not private.</strong> "
+        said = (
+            f"Whether one {claim.get('unit')} is there or what it holds changes the odds of anything seen by "
+            f"{claim.get('adversary')} by at most a factor e^ε, but for a probability δ: "
+            f"ε = {number(claim.get('epsilon')) or 0:.3g}, δ = {claim.get('delta')}, after "
+            f"{claim.get('rounds')} rounds. {claim.get('mechanism')} noise, multiplier "
+            f"{number(claim.get('noise_multiplier')) or 0:.4g}, clipping norm {claim.get('clipping_norm')}; "
+            f"accountant: {claim.get('accountant')}; neighbours: {claim.get('neighbours')}."
+        )
+        limits = "".join(f"<li>{escape(str(each))}</li>" for each in claim.get("assumptions") or ())
+        lines.append(f"<p>{label}{escape(said)}</p><p>It rests on, or does not cover:</p><ul>{limits}</ul>")
+    if not lines:
+        return ""
+    withheld = ", ".join(map(str, told.get("withheld") or ()))
+    return pages.card("What is protected", "".join(lines), f"Withheld: {withheld}.", wide=True)
 
 
 def _reproduce(run: Run) -> str:

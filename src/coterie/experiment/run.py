@@ -37,6 +37,7 @@ from coterie.experiment.assemble import Parts, assemble, resolved
 from coterie.experiment.config import Config, load
 from coterie.experiment.numbers import worst_decile
 from coterie.experiment.place import Here, Kept, Place
+from coterie.experiment.privacy import closed, reopened, told
 from coterie.experiment.records import Progress, Result
 from coterie.experiment.tensorboard import board
 from coterie.storage import RunFolder, write_atomic
@@ -89,6 +90,7 @@ def run(
         folder = _reopen(config, folder_out) if resume else None
         folder = folder or RunFolder.create(None, config.name, folder_out)
         with folder.lock(), logged(folder.log):
+            parts = reopened(parts, folder.path)
             folder.write_config(resolved(config))
             place = Here(parts, folder)
             session = Session(parts, folder, place, watch or (lambda progress: None), stop or (lambda: False))
@@ -140,7 +142,9 @@ class Session:
             raise
         finally:
             self.place.close()
-        return self._finish("finished", by_client, compared)
+        promised = self.parts.promise
+        short = promised is not None and promised.rounds < promised.wanted
+        return self._finish("budget spent" if short else "finished", by_client, compared)
 
     def seconds(self) -> dict[str, float]:
         """Wall time of the whole run so far, earlier stretches included."""
@@ -239,6 +243,8 @@ class Session:
 
     def _evaluate_clients(self) -> dict[str, dict[str, float]]:
         """Clients measure the final model on their own test rows, as a task like any other."""
+        if self.parts.promise is not None:
+            return {}  # withheld: their own test would tell of their data
         wanted, people = self.parts.config.run["evaluate_clients"], self.parts.population
         chosen = people.clients if wanted is True else spread(people.clients, int(wanted))
         holders = [client for client in chosen if people.dataset.remote or people.sizes(client)[1]]
@@ -276,12 +282,14 @@ class Session:
             seconds=self.seconds(),
             trainer=_told(self.parts.trainer),
             model_digest=trees.digest(model),
+            privacy=told(self.parts.promise, self.version),
             error=error or None,
             model=model,
         )
         write_atomic(self.folder.path / "model.safetensors", save({**model["params"], **model["buffers"]}))
         self.folder.write_clients(_clients(self.parts, by_client, compared))
         self.folder.write_result(result.to_json())
+        closed(self.parts.promise, self.folder.path)
         from coterie.experiment import report  # noqa: PLC0415  its pictures take long to load
 
         report.write(self.folder.path)
@@ -324,7 +332,9 @@ def _spread(by_client: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def _clients(
     parts: Parts, by_client: dict[str, dict[str, float]], compared: dict[str, Any]
 ) -> dict[str, Any]:
-    """What clients.json holds."""
+    """What clients.json holds; under client-level privacy, nothing of any client."""
+    if parts.promise is not None and parts.promise.noise["protected"]:
+        return {"withheld": "client-level privacy", "labels": [], "of": len(parts.population.clients)}
     population = parts.population
     facts = describe(population.dataset.train, population.partition, population.dataset.classes)
     alone = compared.get("local_only", {}).get("own_accuracies", {})

@@ -52,9 +52,9 @@ def noise(
 ) -> Transform:
     """Sum the updates, add noise, divide by the expected cohort.
 
-    multiplier: the noise of the sum (of each update at "client") over the clipping norm: standard deviation of
-    a Gaussian or Skellam, scale of a Laplace. norm, order: what the updates were clipped to before. cohort:
-    the expected number of clients in a round, which divides, whoever replied. least: "shares" adds up to the
+    multiplier: the noise of the sum (of each update at "client") over the clipping norm: standard deviation
+    of a Gaussian or Skellam, scale of a Laplace. norm, order: what updates were clipped to before. cohort:
+    the expected number of clients in a round, which divides, whoever replied. least: "shares" add up to the
     wanted variance once so many honest clients replied. key: of simulated noise. Raises ConfigError.
     """
     if at == "shares" and mechanism == "laplace":
@@ -130,9 +130,8 @@ def truncated(ups: Tree, grid: Grid) -> Tree:
         size = sum(_power(part, grid.order) for part in whole)
         over = ~(size <= most)
         if not over.any():
-            shapes = iter(trees.leaves(ups))
-            made = iter([part.int().reshape(leaf.shape) for part, leaf in zip(whole, shapes, strict=True)])
-            return trees.map_tree(lambda leaf: next(made), ups)
+            parts = iter(whole)
+            return trees.map_tree(lambda leaf, parts=parts: next(parts).int().reshape(leaf.shape), ups)
         if not (size < 1.01 * float(limit)).all():
             raise NonFinite("an update that is not finite, or was not clipped before it met the grid")
         scale[over] *= 1 - 2.0 ** (attempt - 40)
@@ -140,7 +139,7 @@ def truncated(ups: Tree, grid: Grid) -> Tree:
 
 
 def _power(whole: Tensor, order: int) -> Tensor:
-    """Sum of |x|^order over each row of integers in float64 [n, d]: exact up to 2^53, above it at least that."""
+    """Sum of |x|^order over each row of integers in float64 [n, d]: exact up to 2^53."""
     return (whole.abs() if order == 1 else whole * whole).sum(1)
 
 

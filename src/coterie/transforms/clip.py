@@ -75,7 +75,7 @@ def adaptive_clip(
     bit_noise = max(cohort / 20, multiplier) if noise is None else noise
     if not bit_noise > multiplier / 2:
         raise ConfigError(
-            f"adaptive.noise = {noise}: with noise multiplier {multiplier:.4g} the bit alone would spend more",
+            f"adaptive.noise = {noise}: with noise multiplier {multiplier:.4g} the bit alone spends more",
             f"set it above {multiplier / 2:.4g}, half the multiplier; a twentieth of the cohort is usual",
         )
     spread = math.sqrt(1 / (1 / multiplier**2 - 1 / (2 * bit_noise) ** 2)) / bit_noise if multiplier else 1.0

@@ -1,0 +1,155 @@
+"""Client-level privacy in whole runs: bits, claims, the budget, the ledger, and what is refused."""
+
+import json
+
+import pytest
+
+import coterie as ct
+from coterie.experiment import assemble, report
+from coterie.privacy import added
+from coterie.privacy.noise import insecure_source
+
+CLIP = {"kind": "clip", "norm": 1.0}
+NOISE = {"kind": "noise", "at": "server", "multiplier": 1.0, "delta": 1e-3}
+FLOAT = {**NOISE, "protected": False}
+SMALL = {
+    "name": "private",
+    "seed": 3,
+    "data": {"dataset": "digits", "partition": {"kind": "iid", "clients": 9}},
+    "model": {"kind": "softmax"},
+    "algorithm": {"kind": "fedavg", "weighting": "uniform", "client": {"lr": 0.1, "batch_size": 40}},
+    "schedule": {"kind": "synchronous", "rounds": 2, "cohort": 5},
+    "backend": {"trainer": "loop"},
+    "transforms": [CLIP, FLOAT],
+}
+
+
+@pytest.fixture(autouse=True)
+def unreported(monkeypatch, request):
+    if "report" not in request.keywords:
+        monkeypatch.setattr(report, "write", lambda folder: folder)
+
+
+@pytest.mark.parametrize("trainer", ["loop", "vectorised"])
+def test_simulated_noise_ends_with_the_same_bits_on_workers(trainer, tmp_path):
+    digests = [
+        ct.run(
+            {**SMALL, "backend": {"trainer": trainer, "workers": workers}}, out=tmp_path / str(workers)
+        ).model_digest
+        for workers in (1, 2)
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_protected_sums_have_the_same_bits_flat_on_workers_and_on_two_levels(tmp_path, monkeypatch):
+    """The noise from a test's source: all else of a protected run is exact."""
+    digests = []
+    for place, more in enumerate(
+        [
+            {},
+            {"backend": {"trainer": "loop", "workers": 2}},
+            {"schedule": {**SMALL["schedule"], "kind": "hierarchical", "groups": 3}},
+        ]
+    ):
+        source, real = insecure_source(1), added.noise.__globals__["discrete_gaussian"]
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                added, "discrete_gaussian", lambda shape, sigma, r=real, s=source: r(shape, sigma, s)
+            )
+            config = {**SMALL, "transforms": [CLIP, NOISE], **more}
+            digests.append(ct.run(config, out=tmp_path / str(place)).model_digest)
+    assert digests[0] == digests[1] == digests[2]
+
+
+def test_the_result_says_what_is_claimed_and_withholds_the_rest(tmp_path):
+    ct.run({**SMALL, "transforms": [CLIP, NOISE]}, out=tmp_path / "r")
+    told = json.loads((tmp_path / "r/result.json").read_text())
+    (claim,) = told["privacy"]["claims"]
+    # two Gaussians of multiplier 1 are one of multiplier 1 / sqrt(2): 6.17 at delta 1e-3, analytic
+    assert (claim["unit"], claim["delta"], claim["rounds"], claim["protected"]) == ("client", 1e-3, 2, True)
+    assert claim["sampling"] == {"kind": "none", "rate": 1.0}
+    assert told["clients"] is None
+    assert "clients" not in json.loads((tmp_path / "r/clients.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert all("train_loss" not in row and row["samples"] == 0 for row in rows)
+    page = report.render(tmp_path / "r")
+    assert "What is protected" in page
+    assert "not private" not in page
+
+
+def test_simulated_noise_is_labelled_wherever_epsilon_is_shown(tmp_path):
+    ct.run(SMALL, out=tmp_path / "r")
+    (claim,) = json.loads((tmp_path / "r/result.json").read_text())["privacy"]["claims"]
+    assert "simulated noise: not private" in claim["assumptions"]
+    assert report.render(tmp_path / "r").count("imulated noise: not private") >= 2
+
+
+def test_a_run_stops_before_its_budget_is_passed(tmp_path):
+    spent = [assemble(ct.load({**SMALL, "schedule": {**SMALL["schedule"], "rounds": n}})) for n in (3, 4)]
+    between = sum(each.promise.epsilon(n) for each, n in zip(spent, (3, 4), strict=True)) / 2
+    told = {"kind": "noise", "at": "server", "multiplier": 1.0, "protected": False}
+    chain = [CLIP, {**told, "budget": {"epsilon": between, "delta": 1e-3}}]
+    long = {**SMALL["schedule"], "rounds": 6}
+    result = ct.run({**SMALL, "schedule": long, "transforms": chain}, out=tmp_path / "r")
+    assert (result.rounds, result.status) == (3, "budget spent")
+
+
+def test_a_budget_is_met_by_the_calibrated_multiplier():
+    told = {"kind": "noise", "at": "server", "budget": {"epsilon": 2.0, "delta": 1e-3}}
+    made = assemble(ct.load({**SMALL, "transforms": [CLIP, told]})).promise
+    assert made.epsilon(2) <= 2.0 < made.epsilon(2) * 1.01
+
+
+def test_a_crash_costs_the_round_in_flight_and_another_ledger_is_refused(tmp_path):
+    class Crash(BaseException):
+        pass
+
+    def crash(progress):
+        if progress.round == 1:
+            raise Crash
+
+    config, out = {**SMALL, "transforms": [CLIP, NOISE]}, tmp_path / "r"
+    with pytest.raises(Crash):
+        ct.run(config, out=out, watch=crash)
+    result = ct.run(config, out=out, resume=True)
+    assert result.privacy["claims"][0]["rounds"] == 3
+    ledger = json.loads((out / "privacy.json").read_text())
+    (out / "privacy.json").write_text(json.dumps({**ledger, "multiplier": 9.0}))
+    with pytest.raises(ct.ConfigError, match="privacy ledger"):
+        ct.run(config, out=out, resume=True)
+
+
+BATCHNORM = {"kind": "cnn", "channels": [4], "hidden": 8, "norm": "batch"}
+BUDGET = {"kind": "noise", "at": "server"}
+REFUSED = [
+    ({"transforms": [NOISE]}, "without a clip", "add"),
+    ({"transforms": [NOISE, CLIP]}, "before the clip", "first"),
+    ({"transforms": [CLIP, NOISE, CLIP]}, "after the noise", "last"),
+    ({"transforms": [CLIP, {**NOISE, "delta": 0.2}]}, "with 9 clients", "tenth"),
+    ({"transforms": [CLIP, {**BUDGET, "budget": {"epsilon": 0, "delta": 1e-3}}]}, "epsilon = 0", "usual"),
+    ({"transforms": [CLIP, {**NOISE, "multiplier": -1.0}]}, "multiplier = -1", "usual"),
+    ({"transforms": [CLIP, {**NOISE, "mechanism": "laplace"}]}, "in L1", "order = 1"),
+    ({"transforms": [CLIP, {**NOISE, "at": "shares"}]}, "least", "least = 10"),
+    ({"transforms": [CLIP, {**NOISE, "at": "shares", "least": 5}]}, "too little noise", "quorum"),
+    ({"transforms": [{"kind": "clip", "adaptive": {}}]}, "only noise protects", "noise transform"),
+    ({"transforms": [{"kind": "clipp", "norm": 1.0}]}, "no such kind", "did you mean 'clip'"),
+    ({"algorithm": {"kind": "fedavg"}}, "count for more", "uniform"),
+    ({"model": BATCHNORM}, "buffers", "GroupNorm"),
+    (
+        {"algorithm": {**SMALL["algorithm"], "aggregator": {"kind": "krum", "byzantine": 1}}},
+        "must see each update",
+        "mean",
+    ),
+    ({"schedule": {"kind": "gossip", "rounds": 2}}, "one sum a round", "synchronous"),
+    ({"schedule": {**SMALL["schedule"], "sampling": "weighted"}}, "how much data", "uniform"),
+    ({"transforms": [CLIP, NOISE], "compare": ["centralised"]}, "without any noise", "protected = false"),
+    ({"transforms": [CLIP, NOISE], "run": {"checkpoint_every": 2}}, "a second time", "at 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "said", "way_out"), REFUSED, ids=lambda x: x if type(x) is str else "")
+def test_refused(change, said, way_out):
+    with pytest.raises(ct.ConfigError) as caught:
+        assemble(ct.load({**SMALL, **change}))
+    assert said in str(caught.value)
+    assert way_out in " ".join(map(str, (caught.value, getattr(caught.value, "hint", ""))))
