@@ -36,6 +36,7 @@ from coterie.core.types import Tree
 from coterie.privacy import toeplitz
 
 Objective = Literal["max", "mean"]
+PIECE = 1 << 18  # elements that stay in the cache while all noises pass by: a third of the time
 Step = Callable[[Tree, Tree, int], tuple[Tree, Tree]]  # z, memory, t (from 1) -> w, memory
 
 
@@ -43,13 +44,17 @@ Step = Callable[[Tree, Tree, int], tuple[Tree, Tree]]  # z, memory, t (from 1) -
 class Correlated:
     """A stream of correlated noise over a fixed number of rounds.
 
+    init() -> state. next(state, z) -> w, state: w is like z, a tree of tensors. The state given stays as it
+    was; the new one shares memory with z and w, so change neither in place. Raises ConfigError after the last
+    round, and for integer z where `integer` is False.
+
     sensitivity: L2, of all that one participant changes in C x, at clipping norm 1.
     max_error, mean_error: of the prefix sums, the worst standard deviation of the noise and the root of its
     mean square, at noise multiplier 1 and clipping norm 1 (sensitivity included): the smaller the better.
     """
 
-    init: Callable[[], Tree]  # -> state (secret, see above)
-    next: Callable[[Tree, Tree], tuple[Tree, Tree]]  # state, z -> w like z, state; the old state stays valid
+    init: Callable[[], Tree]  # -> state: SECRET, see above
+    next: Callable[[Tree, Tree], tuple[Tree, Tree]]  # state, z -> w, state
     sensitivity: float
     max_error: float
     mean_error: float
@@ -77,13 +82,9 @@ def correlated(
     """
     separation = rounds if separation is None else separation
     participations = rounds if participations is None else participations
-    counts = {
-        "rounds": rounds,
-        "separation": separation,
-        "participations": participations,
-        "buffers": buffers,
-    }
-    for name, value in (counts if bands is None else {**counts, "bands": bands}).items():
+    bands = min(separation, rounds, 64) if bands is None else bands
+    counts = {"rounds": rounds, "separation": separation, "participations": participations}
+    for name, value in {**counts, "bands": bands, "buffers": buffers}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{mechanism}({name}={value!r}): {name} must be a whole number of at least 1")
     if objective not in ("max", "mean"):
@@ -260,9 +261,11 @@ def _minus(z: Tree, noises: Sequence[Tree], weights: Sequence[float]) -> Tree:
     """z - sum_j weights_j * noises_j, with as many terms as there are noises."""
 
     def leaf(z: Tensor, *noises: Tensor) -> Tensor:
-        out = z.clone()
-        for noise, weight in zip(noises, weights, strict=False):
-            out.sub_(noise, alpha=weight)
+        out = z.clone(memory_format=torch.contiguous_format)
+        pieces = (torch.split(whole.reshape(-1), PIECE) for whole in (out, *noises))  # views of `out`
+        for part, *parts in zip(*pieces, strict=True):
+            for noise, weight in zip(parts, weights, strict=False):
+                part.sub_(noise, alpha=weight)
         return out
 
     return map_tree(leaf, z, *noises)

@@ -44,8 +44,10 @@ def inverse(column: Tensor, rounds: int) -> Tensor:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """The column of the product of two matrices of one size."""
     size = len(left)
-    both: Tensor = torch.fft.rfft(left, 2 * size) * torch.fft.rfft(right, 2 * size)
-    return torch.fft.irfft(both, 2 * size)[:size]
+    found: Tensor = torch.fft.irfft(
+        torch.fft.rfft(left, 2 * size) * torch.fft.rfft(right, 2 * size), 2 * size
+    )
+    return found[:size]
 
 
 def variances(column: Tensor, rounds: int) -> Tensor:
