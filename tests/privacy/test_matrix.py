@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,3 +210,75 @@ def test_one_round_is_one_gaussian() -> None:
     for kind, options in KINDS[2:]:
         noise = correlated(kind, 1, **options)
         assert (noise.sensitivity, noise.max_error, noise.mean_error) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "theirs"),
+    [
+        ("banded", {"bands": 16, "objective": "max"}, 9.489479395721489),
+        ("banded", {"bands": 16, "objective": "mean"}, 7.275147648561495),
+        ("blt", {"buffers": 3, "objective": "max"}, 6.79180206923395),
+        ("blt", {"buffers": 3, "objective": "mean"}, 5.789272601225327),
+    ],
+)
+def test_errors_are_those_that_jax_privacy_found(
+    kind: str, options: dict[str, object], theirs: float
+) -> None:
+    """jax-privacy 2.0.0: `toeplitz.optimize_banded_toeplitz`, `buffered_toeplitz.optimize`, in float64."""
+    noise = correlated(kind, 256, separation=64, participations=4, **options)  # type: ignore[arg-type]
+    ours = noise.max_error if options["objective"] == "max" else noise.mean_error
+    assert ours == pytest.approx(theirs, rel=1e-7)
+
+
+@pytest.fixture
+def jax_privacy() -> Iterator[Any]:
+    """Its matrix_factorization, in float64."""
+    found = pytest.importorskip(
+        "jax_privacy.matrix_factorization", reason="jax-privacy, an oracle, is installed by hand alone"
+    )
+    with importlib.import_module("jax").enable_x64():
+        yield found
+
+
+@pytest.mark.parametrize(("rounds", "separation", "participations"), [*SIZES, (100, 30, 2), (64, 16, 9)])
+def test_sensitivity_and_errors_are_jax_privacys(
+    jax_privacy: Any, rounds: int, separation: int, participations: int
+) -> None:
+    theirs = importlib.import_module("jax_privacy.matrix_factorization.toeplitz")
+    for column in (toeplitz.square_root(rounds), 0.9 * toeplitz.square_root(min(separation, 5))):
+        coefficients = column.numpy()
+        squared = theirs.minsep_sensitivity_squared(coefficients, separation, participations, rounds)
+        ours = toeplitz.squared_sensitivity(column, rounds, separation, participations)
+        assert float(ours) == pytest.approx(float(squared), rel=1e-10)
+        errors = theirs.per_query_error(strategy_coef=coefficients, n=rounds)
+        np.testing.assert_allclose(toeplitz.variances(column, rounds).numpy(), errors, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("rounds", "separation", "participations"), [*SIZES, (100, 30, 2), (64, 16, 9)])
+def test_a_tree_is_charged_no_more_than_by_jax_privacys_bound(
+    jax_privacy: Any, rounds: int, separation: int, participations: int
+) -> None:
+    """Algorithm 4 of arXiv:2306.08153 takes O(T^2) memory; our bound is at most 1% above it."""
+    theirs = importlib.import_module("jax_privacy.matrix_factorization.sensitivity")
+    noise = correlated("tree", rounds, separation=separation, participations=participations)
+    bound = theirs.get_min_sep_sensitivity_upper_bound(
+        importlib.import_module("jax").numpy.asarray(strategy(noise, rounds)), separation, participations
+    )
+    assert noise.sensitivity <= 1.01 * bound
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS[1:])
+def test_streamed_noise_is_jax_privacys(jax_privacy: Any, kind: str, options: dict[str, int]) -> None:
+    rounds = 40
+    theirs = importlib.import_module("jax_privacy.matrix_factorization.toeplitz")
+    noise = correlated(kind, rounds, separation=10, **options)
+    column = strategy(noise, rounds)[:, 0]
+    z = torch.randn(rounds, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    state, found = noise.init(), []
+    for row in z:
+        w, state = noise.next(state, row)
+        found.append(w)
+    want = theirs.inverse_as_streaming_matrix(column) @ importlib.import_module("jax").numpy.asarray(
+        z.numpy()
+    )
+    np.testing.assert_allclose(torch.stack(found).numpy(), want, atol=1e-10)
