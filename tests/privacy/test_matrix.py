@@ -79,7 +79,7 @@ def test_a_tree_is_charged_exactly_where_separation_is_a_power_of_two(
 def test_a_tree_node_ends_in_each_round_and_integers_stay_integers() -> None:
     rounds = 37
     noise = correlated("tree", rounds)
-    assert noise.integer
+    assert noise.bits == 0
     assert noise.sensitivity == math.sqrt(6)  # nodes over round 1: 1, 2, 4, 8, 16, 32
     draws = torch.randint(-(2**40), 2**40, (rounds, 5), generator=torch.Generator().manual_seed(1))
     state, total = noise.init(), torch.zeros(5, dtype=torch.int64)
@@ -90,6 +90,32 @@ def test_a_tree_node_ends_in_each_round_and_integers_stay_integers() -> None:
         assert torch.equal(total, sum(draws[end - 1] for end in ends))
         assert len(state["noise"]) == t.bit_count() == len(ends)
     assert w[0].dtype == torch.int64
+
+
+@pytest.mark.parametrize(("kind", "options"), [("tree", {}), ("banded", {"bands": 6})])
+def test_what_is_released_in_integers_is_a_function_of_the_private_release_alone(
+    kind: str, options: dict[str, int]
+) -> None:
+    """The integers u = 2^bits C x + z are private; from u alone, in Python's integers, comes 2^bits x + w."""
+    rounds = 30
+    noise = correlated(kind, rounds, separation=10, **options)
+    assert noise.bits is not None
+    c = strategy(noise, rounds) * 2**noise.bits
+    whole = np.rint(c).astype(np.int64)
+    np.testing.assert_allclose(c, whole, atol=1e-8)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randint(-(2**30), 2**30, (rounds, 50), generator=generator)
+    z = torch.randint(-(2**42), 2**42, (rounds, 50), generator=generator)
+    u = whole.astype(object) @ x.numpy().astype(object) + z.numpy()
+    state, seen = noise.init(), []
+    exact_state, half_unit = noise.init(), 2**noise.bits // 2
+    for t in range(rounds):
+        w, state = noise.next(state, z[t])
+        past = sum((int(whole[t, s]) * seen[s] for s in range(t)), np.zeros(50, dtype=object))
+        seen.append(u[t] + ((half_unit - past) >> noise.bits))
+        assert (seen[t] == (x[t].numpy().astype(object) << noise.bits) + w.numpy()).all()
+        exact, exact_state = noise.next(exact_state, z[t].double())
+        assert float((exact - w).abs().max()) <= 1.5  # units: half of one, times the norm of C^-1's rows
 
 
 def test_optimal_coefficients_and_their_inverse() -> None:
@@ -201,9 +227,14 @@ def test_what_cannot_be_is_refused() -> None:
         correlated("bandmf", 20)
     with pytest.raises(ConfigError, match="objective='worst'"):
         correlated("blt", 20, objective="worst")  # type: ignore[arg-type]
-    noise = correlated("banded", 20)
-    with pytest.raises(ConfigError, match="integer noise"):
-        noise.next(noise.init(), torch.zeros(3, dtype=torch.int64))
+    for kind, z in [
+        ("blt", torch.zeros(3, dtype=torch.int64)),
+        ("tree", torch.zeros(3, dtype=torch.int32)),
+        ("banded", torch.tensor([-(2**44)])),
+    ]:
+        noise = correlated(kind, 20)
+        with pytest.raises(ConfigError, match="integer noise"):
+            noise.next(noise.init(), z)
 
 
 def test_one_round_is_one_gaussian() -> None:
@@ -227,7 +258,7 @@ def test_errors_are_those_that_jax_privacy_found(
     """jax-privacy 2.0.0: `toeplitz.optimize_banded_toeplitz`, `buffered_toeplitz.optimize`, in float64."""
     noise = correlated(kind, 256, separation=64, participations=4, **options)  # type: ignore[arg-type]
     ours = noise.max_error if options["objective"] == "max" else noise.mean_error
-    assert ours == pytest.approx(theirs, rel=1e-7)
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.fixture

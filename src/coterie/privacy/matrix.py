@@ -5,12 +5,17 @@ rounds, which is what a model is made of, carry far less noise than by independe
 independent draws of one standard deviation (see `toeplitz`), is made one round at a time.
 
 - `tree`: z_t belongs to a node of a binary tree. Sums and differences alone, so integers stay integers.
-- `banded`: C has few non-zero diagonals; the state holds the last bands - 1 noises.
-- `blt`: C's column is a sum of a few geometric series; the state holds one buffer for each.
+- `banded`: C has few non-zero diagonals; the state holds the last bands - 1 noises. In integers too.
+- `blt`: C's column is a sum of a few geometric series; the state holds one buffer for each. Floats alone.
+
+In integers, z is discrete noise in units of 2^-bits of the grid of x; so is w, and 2^bits x_t + w_t is what
+is released. That is an exact function of the integers 2^bits C x + z, so nothing leaks through low bits:
+`banded` rounds C's entries to multiples of 2^-bits, and what a round takes from past noises to whole units.
+As 2^bits (C x)_t is whole, to round before x's share is in is to round after it.
 
 Privacy: the whole run is one Gaussian release, of noise multiplier
 std(z) / (sensitivity * clipping norm), whatever each round's x_t made of the rounds before it (Denisov et al.
-2022, arXiv:2202.08312); with discrete Gaussian z at a tree's nodes it is that in zCDP. The relation is
+2022, arXiv:2202.08312); with discrete Gaussian z it is that in zCDP. The relation is
 add or remove (a participant's x_t becomes 0 in all its rounds); to replace one costs twice the sensitivity.
 It holds if the schedule keeps participations `separation` rounds apart and at most `participations` in
 number: that is the schedule's promise, and none of it can be seen here.
@@ -31,12 +36,14 @@ import torch
 from torch import Tensor
 
 from coterie.core.errors import ConfigError
-from coterie.core.trees import leaves, map_tree
+from coterie.core.trees import extent, leaves, map_tree, zeros_like
 from coterie.core.types import Tree
 from coterie.privacy import toeplitz
 
 Objective = Literal["max", "mean"]
 PIECE = 1 << 18  # elements that stay in the cache while all noises pass by: a third of the time
+BITS = 12  # of a band's entry in integers: 64 bands err less than 1e-4 more than at full precision
+LARGEST = 2**44  # of z in integers: sums of 2^BITS * w over all bands stay inside int64
 Step = Callable[[Tree, Tree, int], tuple[Tree, Tree]]  # z, memory, t (from 1) -> w, memory
 
 
@@ -46,7 +53,7 @@ class Correlated:
 
     init() -> state. next(state, z) -> w, state: w is like z, a tree of tensors. The state given stays as it
     was; the new one shares memory with z and w, so change neither in place. Raises ConfigError after the last
-    round, and for integer z where `integer` is False.
+    round, and for integer z where `bits` is None, or not int64, or not below 2^44.
 
     sensitivity: L2, of all that one participant changes in C x, at clipping norm 1.
     max_error, mean_error: of the prefix sums, the worst standard deviation of the noise and the root of its
@@ -58,7 +65,7 @@ class Correlated:
     sensitivity: float
     max_error: float
     mean_error: float
-    integer: bool  # w is made of integers when z is; otherwise z must be floating-point
+    bits: int | None  # integer z and w are in units of 2^-bits of the grid of x; None: z must be floats
 
 
 def correlated(
@@ -113,7 +120,7 @@ def tree(rounds: int, separation: int, participations: int) -> Correlated:
 
     sensitivity = math.sqrt(_tree_squared_sensitivity(rounds, separation, participations))
     errors = [t.bit_count() for t in range(1, rounds + 1)]
-    return _stream(step, rounds, sensitivity, max(errors), sum(errors) / rounds, integer=True)
+    return _stream(step, rounds, sensitivity, max(errors), sum(errors) / rounds, bits=0)
 
 
 def banded(
@@ -121,7 +128,7 @@ def banded(
 ) -> Correlated:
     """BandMF with a Toeplitz strategy (Choquette-Choo et al. 2023, arXiv:2306.08153), optimised.
 
-    w_t = z_t - sum_j c_j w_(t-j), with c_0 = 1. One band is independent noise.
+    w_t = z_t - sum_j c_j w_(t-j), with c_0 = 1, all c_j multiples of 2^-12. One band is independent noise.
     Raises ConfigError for more bands than `separation`: sensitivity would no longer be known exactly.
     """
     if bands > separation:
@@ -134,14 +141,18 @@ def banded(
         return torch.cat([raw.new_ones(1), raw])
 
     strategy = Strategy(column, rounds, separation, participations)
-    c = column(strategy.optimised(toeplitz.square_root(bands)[1:], objective))
-    weights = c[1:].tolist()
+    whole = torch.round(strategy.optimised(toeplitz.square_root(bands)[1:], objective) * 2**BITS)
+    in_units, weights = whole.long().tolist(), (whole / 2**BITS).tolist()
 
     def step(z: Tree, past: Tree, _t: int) -> tuple[Tree, Tree]:
-        w = _minus(z, past, weights)
+        if leaves(z)[0].is_floating_point():
+            w = _minus(z, past, weights)
+        else:
+            taken = _minus(zeros_like(z), past, in_units)
+            w = map_tree(lambda z, taken: z + (taken + 2 ** (BITS - 1) >> BITS), z, taken)
         return w, (w, *past)[: bands - 1]
 
-    return _stream(step, rounds, *strategy.worth(c))
+    return _stream(step, rounds, *strategy.worth(column(whole / 2**BITS)), bits=BITS)
 
 
 def blt(
@@ -231,7 +242,7 @@ def _tree_squared_sensitivity(rounds: int, separation: int, participations: int)
 
 
 def _stream(
-    step: Step, rounds: int, sensitivity: float, worst: float, mean: float, *, integer: bool = False
+    step: Step, rounds: int, sensitivity: float, worst: float, mean: float, *, bits: int | None = None
 ) -> Correlated:
     """Count the rounds around a step, and state errors at multiplier 1."""
 
@@ -245,16 +256,25 @@ def _stream(
                 f"round {t}: this noise was made for {rounds} rounds, and its privacy holds for no more",
                 "start with more rounds",
             )
-        if not integer and not all(leaf.is_floating_point() for leaf in leaves(z)):
-            raise ConfigError(
-                "integer noise: only mechanism 'tree' keeps integers", "use 'tree', or protected = false"
-            )
+        for leaf in leaves(z):
+            if not leaf.is_floating_point():
+                _check_integers(leaf, bits)
         w, noise = step(z, state["noise"], t)
         return w, {"round": t, "noise": noise}
 
     return Correlated(
-        init, after, sensitivity, sensitivity * math.sqrt(worst), sensitivity * math.sqrt(mean), integer
+        init, after, sensitivity, sensitivity * math.sqrt(worst), sensitivity * math.sqrt(mean), bits
     )
+
+
+def _check_integers(z: Tensor, bits: int | None) -> None:
+    """Refuse integer noise that this mechanism cannot keep exact."""
+    if bits is None:
+        raise ConfigError(
+            "integer noise: 'blt' works in floats alone", "use 'tree' or 'banded', or protected = false"
+        )
+    if z.dtype != torch.int64 or (z.numel() and max(map(abs, extent(z))) >= LARGEST):
+        raise ConfigError(f"integer noise of {z.dtype}: must be int64 below 2^44", "use a coarser grid")
 
 
 def _minus(z: Tree, noises: Sequence[Tree], weights: Sequence[float]) -> Tree:
