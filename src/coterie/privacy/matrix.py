@@ -42,7 +42,7 @@ from coterie.privacy import toeplitz
 
 Objective = Literal["max", "mean"]
 PIECE = 1 << 18  # elements that stay in the cache while all noises pass by: a third of the time
-BITS = 12  # of a band's entry in integers: 64 bands err less than 1e-4 more than at full precision
+BITS = 12  # of a band's entry in integers: 64 bands err 1e-7 more than at full precision
 LARGEST = 2**44  # of z in integers: sums of 2^BITS * w over all bands stay inside int64
 Step = Callable[[Tree, Tree, int], tuple[Tree, Tree]]  # z, memory, t (from 1) -> w, memory
 
