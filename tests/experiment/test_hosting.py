@@ -37,7 +37,7 @@ class Hosted:
         for n in range(2):
             job = Job(config, folder, folder / str(n), folder / "blobs")
             self.sites.append(
-                Training(job, self.heard, lambda why: self.events.put_nowait(RuntimeError(why)))
+                Training(job, self.heard, lambda why, trace: self.events.put_nowait(RuntimeError(why)))
             )
         self.flying = {}
 
@@ -107,7 +107,7 @@ def test_children_that_are_killed_do_not_matter(digests, tmp_path):
 
     def kill(sites, event):
         if next(events) in (1, 5, 8):
-            os.kill(sites[int(event.task.client[-3:]) % 2].process.pid, signal.SIGKILL)
+            os.kill(sites[int(event.task.client[-3:]) % 2].child.process.pid, signal.SIGKILL)
 
     assert played("scaffold", tmp_path, kill) == digests["scaffold"]
 
@@ -155,7 +155,7 @@ def test_a_config_that_cannot_be_built_is_told(tmp_path):
     async def play():
         ended = asyncio.Event()
 
-        def broken(why):
+        def broken(why, trace):
             told.append(why)
             ended.set()
 

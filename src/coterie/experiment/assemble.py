@@ -92,18 +92,20 @@ def assemble(
     model: nn.Module | None = None,
     dataset: Dataset | None = None,
     fit: Callable[..., Any] | None = None,
+    away: Any = None,
 ) -> Parts:
     """Build every part of the config. model, dataset, fit: objects to use instead of the config's.
 
+    away: an `away.Away`, where the config's model and trainer must not be loaded in this process.
     Raises ConfigError or DataError.
     """
     _refuse_unbuilt(config)
     dataset = dataset or load_dataset(config, data_dir)
     population = load_population(config, dataset)
-    problem, initial = _problem(config, dataset, model)
+    problem, initial = (away, away.initial) if away else _problem(config, dataset, model)
     local, algorithm = _algorithm(config, len(population.clients))
     schedule = _schedule(config, population)
-    trainer, note = _trainer(config, problem, algorithm, population, fit)
+    trainer, note = (away, away.note) if away else _trainer(config, problem, algorithm, population, fit)
     test = _test(population)
     some = dataset.train if dataset.remote else None
     inputs, targets = (dataset.prepare(some.x[:2]), some.y[:2]) if some else (test[0][:2], test[1][:2])

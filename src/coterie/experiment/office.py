@@ -162,12 +162,18 @@ class Office:
 
     # for operators (operators.Desk)
 
-    def submit(self, who: Any, call: operators.Submit) -> str:
-        """Check the signature, the config and that its sites exist; queue the run."""
-        signed = security.of_config(call.config)
+    def submit(self, who: Any, call: operators.Submit, code: bytes) -> str:
+        """Check the signature, the config, its code and that its sites exist; queue the run."""
+        package = call.code[0] if call.code else ""
+        signed = security.of_config(call.config, package)
         if self.mine is not None and not security.verify(who.signing_key, signed, _unhex(call.signature)):
-            raise ConfigError("submit: the signature does not fit the config", "sign it with your own key")
-        self._refuse(call.config, getattr(who, "name", "anyone"))
+            raise ConfigError(
+                f"submit: the signature does not fit the config{' and code' if code else ''}",
+                "sign it with your own key",
+            )
+        self._refuse(call.config, getattr(who, "name", "anyone"), package)
+        if code:
+            security.members(code)  # refuses what no site would unpack
         sites = sorted(name for name, seat in self.hub.seats.items() if seat.outbox is not None)
         signer = None
         if self.mine is not None:
@@ -182,13 +188,16 @@ class Office:
         rounds, size = (int(asked[name]) if name in asked else None for name in ("rounds", "bytes"))
         quotas = Quotas(rounds, size, asked.get("seconds"))
         run = self.queue.submit(
-            call.config, signer=signer, quotas=quotas, sites=sites, check=lambda parts: placed(parts, sites)
-        )
+            call.config, code=code, signer=signer, quotas=quotas, sites=sites,
+            check=lambda parts: placed(parts, sites),
+        )  # fmt: skip
+        brought = {"code": package, "size": len(code)} if code else {}
         self.note(
             "submitted",
             run=run,
             by=getattr(who, "name", ""),
             config=hashlib.sha256(call.config.encode()).hexdigest(),
+            **brought,
         )
         self._count()
         return run
@@ -257,12 +266,14 @@ class Office:
 
     # the parts' questions
 
-    def _refuse(self, text: str, signer: str) -> None:
-        """The server has a policy too: a config names no code here unless its policy.toml says so."""
+    def _refuse(self, text: str, signer: str, package: str) -> None:
+        """The server has a policy too: a config names and brings no code unless its policy.toml says so."""
         path = self.options.home / "policy.toml"
         policy = security.Policy.load(path) if path.exists() else security.Policy()
         config, digest = _toml(text), hashlib.sha256(text.encode()).hexdigest()
-        job = security.Job(run="", config=config, config_digest=digest, signer=signer)
+        job = security.Job(
+            run="", config=config, config_digest=digest, signer=signer, code_digest=package or None
+        )
         if reason := security.refusal(policy, job):
             raise ConfigError(f"the server refuses: {reason}", f"its policy is {path.name} in its folder")
 
@@ -276,12 +287,15 @@ class Office:
         opening = RunOpened(
             run=run.id, name=run.name, config=run.config, config_digest=run.digest,
             signature=signer.get("signature", ""), signer=signer.get("certificate", ""),
+            code=self.queue.lend(run) if run.code else None,
         )  # fmt: skip
         template = expected(parts)
         limit = trees.nbytes(template) + SPARE
         opened = threading.Event()
 
         def begin() -> None:
+            while run.code and not self.hub.shelf.hold(run.id, run.code):
+                self.queue.lend(run)  # another run that had it has just ended
             self.hub.open(opening, hosts, limit=limit)
             opened.set()
 

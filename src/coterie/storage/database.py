@@ -52,6 +52,7 @@ class Run(NamedTuple):
     folder: str
     quotas: dict[str, Any]
     sites: tuple[str, ...] = ()
+    code: str = ""  # digest of a package
 
 
 class Logged(NamedTuple):

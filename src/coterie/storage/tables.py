@@ -20,6 +20,7 @@ runs = Table(
     Column("folder", Text, nullable=False),
     Column("quotas", Text, nullable=False),  # JSON
     Column("sites", Text, nullable=False),  # JSON: who takes part
+    Column("code", Text, nullable=False, server_default=""),  # SHA-256 of the package that travels with it
 )
 events = Table(  # the write-ahead log: what a run's plan was told since its last commit
     "events",
