@@ -119,7 +119,7 @@ def test_what_a_config_names_travels_with_what_that_imports_and_no_more(study):
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
-    made = Deployment(tmp_path_factory.mktemp("travel"))
+    made = Deployment(tmp_path_factory.mktemp("travel"), sites=1)
     for name in ("server", *made.names):
         (made.home / name / "policy.toml").write_text('code = "signed"\n')
     made.start()
@@ -155,10 +155,10 @@ def test_brought_code_runs_to_the_bits_of_one_process(kind, federation, study, t
 
 def test_the_server_refuses_before_it_queues(federation, study):
     package = brought(study)
-    with pytest.raises(ConfigError, match="policy modules: model.kind = 'model.py:Net' names code"):
+    with pytest.raises(ConfigError, match=r"policy modules: model.kind = 'model.py:Net' names code"):
         submitted(federation, CONFIG, b"")  # nothing is brought
     with pytest.raises(
-        ConfigError, match="the code that travels with the run: .* there is no file .*other.py"
+        ConfigError, match=r"the code that travels with the run: .* there is no file .*other.py"
     ):
         submitted(federation, {**CONFIG, "model": {"kind": "other.py:Net"}}, package)
     ours = security.credentials(federation.home / "operator")
