@@ -138,7 +138,13 @@ def test_brought_code_runs_to_the_bits_of_one_process(kind, federation, study, t
     config = WHEEL if kind == "wheel" else CUSTOM
     package = wheel(study) if kind == "wheel" else brought(study, CUSTOM)
     run = submitted(federation, config, package)
-    assert federation.watch(run) == {"status": "finished", "error": ""}
+
+    def restart(round):
+        if kind == "archive" and round == 1:
+            federation.kill("server")  # which must find the package again
+            federation.start("server")
+
+    assert federation.watch(run, restart) == {"status": "finished", "error": ""}
     result = federation.result(run)
     here = experiment.run(replace(load(config), folder=study), out=tmp_path / "here")
     assert result["model_digest"] == here.model_digest

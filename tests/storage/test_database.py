@@ -220,6 +220,18 @@ def test_writes_of_many_threads_are_all_there(database):
         assert [event.head for event in database.events(f"r{i}")] == [f"{n}" for n in range(10)]
 
 
+def test_runs_of_an_older_server_bring_no_code(database_url):
+    with closing(Database(database_url)) as database:
+        assert database.acquire("one")
+        database.add_run(run := a_run())
+        with database._writer() as connection:
+            connection.execute(text("alter table runs drop column code"))
+            connection.execute(text("update alembic_version set version_num = '0001'"))
+    with closing(Database(database_url)) as database:
+        assert database.run(run.id) == run
+        assert run.code == ""
+
+
 def test_a_newer_schema_is_refused_by_name(database_url):
     with closing(Database(database_url)) as database, database._writer() as connection:
         connection.execute(text("update alembic_version set version_num = '9999'"))

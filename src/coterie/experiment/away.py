@@ -97,7 +97,7 @@ class Away:
     def end(self, error: CoterieError) -> None:
         """Have whoever waits for an answer get this error. From any thread."""
         self.ending = error
-        self.child.process.kill()
+        self.child.kill()
 
     def check(self, inputs: Tensor, targets: Tensor, classes: int | None) -> None:
         """The child has checked it when it assembled the run."""

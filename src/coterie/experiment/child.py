@@ -53,6 +53,7 @@ class Child:
             stdin=subprocess.PIPE,  # open as long as this process is there
             stdout=2,
             pass_fds=[theirs.fileno()],
+            start_new_session=True,  # so that what it starts ends with it
             env=told(home.absolute()) if code else None,
         )
         theirs.close()
@@ -71,10 +72,16 @@ class Child:
             raise EOFError
         return whole
 
+    def kill(self) -> None:
+        """From any thread: whoever waits for it sees its end."""
+        with suppress(ProcessLookupError):
+            if self.process.returncode is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
     def end(self) -> int:
-        """Kill it; return how it ended: an exit code, or a signal as a negative number."""
+        """Kill it and what it has started; return how it ended: an exit code, or minus a signal."""
         self.pipe.close()
-        self.process.kill()
+        self.kill()
         code = self.process.wait()
         assert self.process.stdin is not None
         self.process.stdin.close()
@@ -109,7 +116,7 @@ def how(code: int) -> str:
 
 
 def _end_at_eof(lifeline: int) -> None:
-    """A parent that is killed leaves no orphans."""
+    """A parent that is killed leaves no orphans, of ours or of the child's."""
     while os.read(lifeline, 4096):
         pass
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)

@@ -23,7 +23,7 @@ from pathlib import Path
 from coterie.core.errors import ConfigError, RunError
 from coterie.experiment.config import Config
 from coterie.security import packages
-from coterie.storage.files import make_folder
+from coterie.storage.files import make_folder, write_error
 
 KEPT = 10  # packages that stay unpacked though no run uses them now
 # What a child is told of the environment: how to compute, in which language and time, and no secret.
@@ -77,7 +77,7 @@ def prepare(folder: Path, package: Path, used: Collection[str] = ()) -> Environm
     """Make the environment of a package (a file named by its SHA-256), whole or not at all.
 
     used: digests that must stay; of the others the newest do. Blocks: a wheel takes seconds. Raises Unsafe,
-    before anything is unpacked; RunError when a wheel cannot be installed here.
+    before anything is unpacked; RunError when a wheel cannot be installed here, or the disk is full.
     """
     digest, data = package.name, package.read_bytes()
     if hashlib.sha256(data).hexdigest() != digest:
@@ -87,13 +87,15 @@ def prepare(folder: Path, package: Path, used: Collection[str] = ()) -> Environm
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as scratch:
         made = Path(scratch) / digest
         made.mkdir(mode=0o700)
-        if wheel:
-            (Path(scratch) / wheel).write_bytes(data)
-            _install(digest, Path(scratch) / wheel, made / "venv")
-        else:
-            packages.unpack(data, made / "files")
-        shutil.rmtree(folder / digest, ignore_errors=True)
-        made.rename(folder / digest)
+        try:
+            if wheel:
+                (Path(scratch) / wheel).write_bytes(data)
+                _install(digest, Path(scratch) / wheel, made / "venv")
+            else:
+                packages.unpack(data, made / "files")
+            made.rename(folder / digest)
+        except OSError as error:
+            raise write_error(folder / digest, error, 0) from error
     idle = [each for each in folder.iterdir() if each.name not in {*used, digest} and each.name[0] != "."]
     for old in sorted(idle, key=lambda each: each.stat().st_mtime)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
@@ -129,7 +131,7 @@ def _install(digest: str, wheel: Path, place: Path) -> None:
     options = ["--no-index", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-compile", "--quiet"]
     done = subprocess.run(  # noqa: S603  this very Python
         [sys.executable, *pip, "install", *options, str(wheel)],
-        env=told(place),
+        env={**told(place), "PIP_CONFIG_FILE": os.devnull},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -122,7 +122,8 @@ class Queue:
                 resolved(parts.config)  # refuses what could not be written down
                 quotas = self._allowed(quotas, parts.schedule.rounds)
         except BaseException:
-            shutil.rmtree(self.folder / "blobs" / id, ignore_errors=True)
+            if code:
+                self._archive(id).remove()
             raise
         digest = hashlib.sha256(config.encode()).hexdigest()
         folder, now = str(self.folder / "runs" / id), time.time()
