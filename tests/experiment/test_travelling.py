@@ -337,7 +337,7 @@ def test_what_is_not_safe_is_declined_and_leaves_nothing(data, came, said, peopl
 @pytest.mark.parametrize("told", ["type only", "full"])
 def test_code_that_raises_when_it_is_imported_is_lost_with_what_the_policy_shows(told, people, tmp_path):
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "model.py").write_text("raise KeyError('patient 7')\n")
+    (tmp_path / "bad" / "model.py").write_text("raise KeyError('patient 7 \\udc80')\n")
     data = security.package(tmp_path / "bad")
 
     async def wait(host):
@@ -373,10 +373,12 @@ def test_a_model_that_is_away_measures_and_trains_as_here_even_when_killed(study
         there = experiment.assemble(load(CONFIG), away=model)
         assert trees.digest(there.initial) == trees.digest(here.initial)
         expected = here.problem.measure(here.initial, *here.test)
+        first = model.child.process.pid
         for _ in range(2):
             measured = there.problem.measure(there.initial, *there.test)
             assert measured == {name: expected[name] for name in ("loss", "accuracy")}
-            os.kill(model.child.process.pid, signal.SIGKILL)
+            if model.child.process.pid == first:
+                os.kill(first, signal.SIGKILL)
         notes = []
         assert model.baseline("centralised", 400, 2, notes.append) == BASELINES["centralised"](
             here, 400, 2, lambda text: None

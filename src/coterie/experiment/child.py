@@ -98,7 +98,7 @@ class Parent:
             os.dup2(nothing.fileno(), 0)
         threading.Thread(target=_end_at_eof, args=(lifeline,), daemon=True).start()
         self.pipe = Connection(handle)
-        self.out = open(os.dup(handle), "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        self.out = open(os.dup(handle), "w", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115
 
     def hear(self) -> Any:
         """The next message. Raises EOFError, OSError when there is no parent any more."""
@@ -106,7 +106,7 @@ class Parent:
 
     def tell(self, **facts: Any) -> None:
         """Say something."""
-        self.out.write(json.dumps(facts) + "\n")
+        self.out.write(json.dumps(facts, ensure_ascii=False) + "\n")
         self.out.flush()
 
 

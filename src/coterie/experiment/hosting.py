@@ -30,6 +30,7 @@ from coterie.experiment.code import Environment
 from coterie.experiment.config import Config, load
 from coterie.storage import Blob, Blobs, Memories
 
+LOG = 200_000  # characters of what was said during a task that are passed on
 DEATHS = 3  # of the training process after which a task is given up
 
 
@@ -233,7 +234,7 @@ class _Trained:
                 yield self._told(answer)
 
     def _told(self, answer: Reply | Lost) -> tuple[int, dict[str, Any]]:
-        log = "\n".join(text for _, text in self.said)
+        log = "\n".join(text for _, text in self.said)[-LOG:]
         self.said.clear()
         if isinstance(answer, Lost):
             return answer.task.id, {"reason": answer.reason, "log": log}

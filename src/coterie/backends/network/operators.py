@@ -289,7 +289,9 @@ def _parsed(kind: type[Call] | None, data: bytes) -> Any:
 
 
 def _bytes(call: Call | None) -> bytes:
-    return b"" if call is None else call.model_dump_json().encode()
+    return (
+        b"" if call is None else call.model_dump_json(exclude_defaults=True).encode()
+    )  # an older server knows fewer fields
 
 
 async def _abort(context: Any, error: CoterieError) -> bytes:
