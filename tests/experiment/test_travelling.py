@@ -104,10 +104,12 @@ def digest_of(data):
 # gathering
 
 
-def test_what_a_config_names_travels_with_what_that_imports_and_no_more(study):
+def test_what_a_config_names_travels_with_what_that_imports_and_no_more(study, tmp_path, monkeypatch):
     names = {each.filename for each in security.members(brought(study, CUSTOM))}
     assert names == {"model.py", "layers.py", "train.py"}
     assert {each.filename for each in security.members(brought(study))} == {"model.py", "layers.py"}
+    monkeypatch.chdir(study)  # where a file is looked for when it is not beside the config
+    assert code.gathered(replace(load(CONFIG), folder=tmp_path)) == brought(study)
     assert brought(study, SMALL) is None
     assert brought(study, {**CONFIG, "model": {"kind": "torch.nn:Linear"}}) is None
     with pytest.raises(ConfigError, match="there is no file"):

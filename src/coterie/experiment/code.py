@@ -54,10 +54,12 @@ def gathered(config: Config) -> bytes | None:
     for spec in named:
         module = spec.partition(":")[0] if isinstance(spec, str) and ":" in spec else ""
         if module and not Path(module).is_absolute() and ".." not in Path(module).parts:
-            start = [module] if module.endswith(".py") else _beside(module, config.folder)
-            if module.endswith(".py") and not (config.folder / module).is_file():
-                raise ConfigError(f"{spec!r}: there is no file {config.folder / module}")
-            _follow(start, config.folder, files)
+            place = config.folder
+            if module.endswith(".py") and not (place / module).is_file():
+                place = Path.cwd()  # as `parts.load_object` looks
+                if not (place / module).is_file():
+                    raise ConfigError(f"{spec!r}: there is no file {config.folder / module}")
+            _follow([module] if module.endswith(".py") else _beside(module, place), place, files)
     return packages.pack(files) if files else None
 
 
