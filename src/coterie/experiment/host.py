@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import grpc
 
 from coterie import security
-from coterie.backends import telemetry
+from coterie.backends import spans, telemetry
 from coterie.backends.network import Link, RunOpened, operators
 from coterie.core import ClientId, Task
 from coterie.core.errors import ConfigError, CoterieError
@@ -75,6 +75,9 @@ class Sender(Protocol):
 
     def fail(self, run: str, id: int, reason: str, detail: str) -> None:
         """Give it up."""
+
+    def trace(self, run: str, id: int) -> str:
+        """The parent of its spans."""
 
 
 class Work(Protocol):
@@ -241,6 +244,12 @@ class Host:
 
     def _done(self, run: str, done: Done) -> None:
         task = done.task
+        if done.began is not None:
+            trained = spans.begin(
+                "train", self.sender.trace(run, task.id), done.began,
+                run=run, site=self.site, task=task.id, client=task.client, round=task.round,
+            )  # fmt: skip
+            trained.end("" if done.up else "lost", done.ended)
         if done.up is None:
             self.ledger.append("failed", run=run, task=task.id, client=task.client, reason=done.reason)
             told = self.policy.tracebacks == "full"

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -55,7 +56,10 @@ class Job:
 
 
 class Done(NamedTuple):
-    """A finished task. up: where the update lies; None: it was lost, for this reason. log: what was said."""
+    """A finished task. up: where the update lies; None: it was lost, for this reason. log: what was said.
+
+    began, ended: of the block in which it was trained, Unix time; None when unknown.
+    """
 
     task: Task
     up: Blob | None
@@ -64,6 +68,8 @@ class Done(NamedTuple):
     samples: int = 0
     reason: str = ""
     log: str = ""
+    began: float | None = None
+    ended: float | None = None
 
 
 class Training:
@@ -214,8 +220,9 @@ class _Trained:
         """Train in the blocks that the trainer wants; yield each Done when its block is finished."""
         alone, blocks = self.site.packed([replace(task, down=self._read(task.down)) for task in tasks])
         for block in [*([task] for task in alone), *blocks]:
+            began = time.time()
             for answer in self.site.answer(block):
-                yield self._told(answer)
+                yield self._told(answer)._replace(began=began, ended=time.time())
 
     def _told(self, answer: Reply | Lost) -> Done:
         task = replace(answer.task, down=None)

@@ -21,6 +21,7 @@ import grpc
 from coterie import security
 from coterie.backends import telemetry
 from coterie.backends.network import Hub, NetworkBackend, RunOpened, Server, operators
+from coterie.backends.spans import RunTrace
 from coterie.core import ClientId, Tree, trees
 from coterie.core.errors import ConfigError, CoterieError
 from coterie.experiment.assemble import Parts
@@ -113,6 +114,7 @@ class Office:
         self.clerk = threading.Thread(target=self._keep_ledger, name="ledger", daemon=True)
         self.clerk.start()
         self.latest: dict[str, Progress] = {}
+        self.traces: dict[str, RunTrace] = {}
         self.watchers: dict[str, set[asyncio.Queue[dict[str, Any]]]] = {}
 
     async def open(self, stack: AsyncExitStack) -> int:
@@ -287,10 +289,12 @@ class Office:
 
         self.loop.call_soon_threadsafe(begin)
         opened.wait()
-        return NetworkBackend(
+        backend = NetworkBackend(
             self.hub, run.id, place_of, replay=replay,
             expected=lambda task: template if task.kind == "train" else {},
         )  # fmt: skip
+        self.traces[run.id] = backend.trace
+        return backend
 
     def _moved(self, run: str, progress: Progress) -> None:
         """From a run's thread."""
@@ -313,6 +317,8 @@ class Office:
             error = self.database.run(run).error
         except CoterieError as lost:
             error = str(lost)
+        if run in self.traces:
+            self.traces.pop(run).end(status)
 
         def tell() -> None:
             if run in self.hub.runs:
