@@ -142,7 +142,7 @@ def rotate(
 
     authority = parties.Authority.open(ca)
     pem = authority.renew(parties.renewal(folder), read_bytes(folder / "tls.crt"), days=days)
-    who = parties.install(folder, pem, authority.certificate)
+    who = parties.install(folder, pem)
     typer.echo(f"{folder}: {who}, serial {who.serial:x}")
 
 

@@ -15,7 +15,7 @@ import signal
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from coterie.core import ClientId, Task
 from coterie.core.errors import ConfigError, CoterieError
 from coterie.experiment import parts
 from coterie.experiment.hosting import Done, Job, Training
+from coterie.experiment.renewal import keep_renewed
 from coterie.storage import Blobs
 from coterie.storage.ledger import Ledger
 
@@ -341,7 +342,8 @@ async def serve(
         endpoint = (
             telemetry.Endpoint(metrics, lambda: "" if connected else "not connected") if metrics else None
         )
-        renewing = asyncio.ensure_future(_renewing(where, link)) if mine else None
+        anew = partial(link.reconnect, "its certificate is renewed")
+        renewing = asyncio.ensure_future(keep_renewed(where, link.renew, anew)) if mine else None
         try:
             await link.run()
         finally:
@@ -357,20 +359,6 @@ def stop_at_signals(link: Link) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, link.stop)
-
-
-async def _renewing(keys: Path, link: Link) -> None:
-    """Replace the certificate in good time, again and again; what fails is tried again in an hour."""
-    while True:
-        due = security.renew_at(security.credentials(keys).certificate)
-        await asyncio.sleep(max((due - datetime.now(UTC)).total_seconds(), 0))
-        try:
-            pem = await link.renew(security.renewal(keys))
-            security.install(keys, pem)
-            log.info("the certificate is renewed")
-        except CoterieError as error:
-            log.warning("the certificate could not be renewed: %s", error)
-            await asyncio.sleep(3600)
 
 
 def _channel_credentials(keys: Path) -> grpc.ChannelCredentials:

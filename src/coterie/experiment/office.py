@@ -27,6 +27,7 @@ from coterie.core.errors import ConfigError, CoterieError
 from coterie.experiment.assemble import Parts
 from coterie.experiment.queue import Queue, Quotas
 from coterie.experiment.records import Progress
+from coterie.experiment.renewal import Current, keep_renewed
 from coterie.storage import Blobs, Ledger
 from coterie.storage.database import Database, Run
 
@@ -69,7 +70,8 @@ class Office:
     def __init__(self, options: Options, database: Database) -> None:
         self.options, self.database = options, database
         self.keys = options.keys or options.home
-        self.mine = None if options.insecure else security.credentials(self.keys)
+        self.current = None if options.insecure else Current(self.keys)
+        self.mine = self.current() if self.current else None
         if self.mine is not None and self.mine.identity.role != "server":
             raise ConfigError(
                 f"{self.keys}: the certificate is that of {self.mine.identity}", "a server's is needed"
@@ -119,22 +121,20 @@ class Office:
 
     async def open(self, stack: AsyncExitStack) -> int:
         """Listen, and go on with what another server left; return the port."""
-        options, credentials = self.options, None
-        if self.mine is not None:
-            credentials = grpc.dynamic_ssl_server_credentials(
-                _configuration(self.mine), _Rotation(self.keys), require_client_authentication=True
-            )
-        port = await self.door.start(options.listen, credentials)
+        options = self.options
+        port = await self.door.start(options.listen, self.current.door() if self.current else None)
         stack.push_async_callback(self.door.stop)
         if options.enrol:
-            if self.authority is None or self.mine is None:
+            if self.authority is None or self.current is None:
                 raise ConfigError("--enrol needs the authority's folder", "name it with --ca DIR")
             doorstep = grpc.aio.server(options=[("grpc.max_receive_message_length", 1 << 17)])
             doorstep.add_generic_rpc_handlers([operators.enrolment_service(self._enrol)])
-            open_to_all = grpc.ssl_server_credentials([(self.mine.key, self.mine.certificate)])
-            doorstep.add_secure_port(options.enrol, open_to_all)
+            doorstep.add_secure_port(options.enrol, self.current.door(for_all=True))
             await doorstep.start()
             stack.push_async_callback(doorstep.stop, None)
+        if self.authority and self.authority.signs and self.current:
+            renewing = asyncio.ensure_future(keep_renewed(self.keys, self._renew_own))
+            stack.callback(renewing.cancel)
         await asyncio.to_thread(self.queue.start)
         stack.push_async_callback(asyncio.to_thread, self.queue.close)
         self._count()
@@ -377,9 +377,9 @@ class Office:
     # who is who
 
     def _known(self, pem: bytes, role: str) -> Known:
-        assert self.mine is not None
+        assert self.current is not None
         revoked = self.authority.revoked() if self.authority else ()
-        return Known(pem, security.verified(pem, self.mine.ca, role=role, revoked=revoked))
+        return Known(pem, security.verified(pem, self.current().ca, role=role, revoked=revoked))
 
     def _site(self, pem: bytes) -> Known:
         return self._known(pem, "site")
@@ -396,6 +396,11 @@ class Office:
     def _renew(self, who: Any, request: bytes) -> bytes:
         assert self.authority is not None
         return self.authority.renew(request, who.pem)
+
+    async def _renew_own(self, request: bytes) -> bytes:
+        assert self.authority is not None
+        assert self.current is not None
+        return self.authority.renew(request, self.current().certificate)
 
     def _enrol(self, id: str, secret: str, request: bytes) -> bytes:
         assert self.authority is not None
@@ -427,20 +432,6 @@ class Known:
     def signing_key(self) -> bytes:
         """The public one."""
         return self.identity.signing_key
-
-
-class _Rotation:
-    """Gives gRPC the server's certificate again when its file has changed."""
-
-    def __init__(self, keys: Path) -> None:
-        self.keys, self.seen = keys, (keys / "tls.crt").stat().st_mtime_ns
-
-    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        now = (self.keys / "tls.crt").stat().st_mtime_ns
-        if now == self.seen:
-            return None
-        self.seen = now
-        return _configuration(security.credentials(self.keys))
 
 
 def placed(parts: Parts, sites: Sequence[str]) -> Callable[[ClientId], str]:
@@ -479,10 +470,6 @@ def _toml(text: str) -> dict[str, Any]:
 
 def _moment(progress: Progress) -> dict[str, Any]:
     return {**asdict(progress), "folder": str(progress.folder)}
-
-
-def _configuration(mine: security.Credentials) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration([(mine.key, mine.certificate)], mine.ca)
 
 
 def _signed_by(who: Any, data: bytes, signature: str) -> bool:

@@ -16,6 +16,7 @@ from coterie.security.certificates import (
     Identity,
     Role,
     Untrusted,
+    expiry,
     hosts_of,
     identity_of,
     read_request,
@@ -39,7 +40,7 @@ from coterie.security.signing import canonical, of_config, public_of, sign, veri
 
 __all__ = [
     "Authority", "Credentials", "Identity", "Issued", "Job", "Limits", "Policy", "Privacy", "Record", "Role",
-    "Token", "Untrusted", "allowed_metrics", "canonical", "credentials", "hosts_of", "identity_of", "install",
-    "load_signing_key", "make", "new_key", "of_config", "public_of", "read_request", "redacted", "redeem",
-    "refusal", "renew_at", "renewal", "request_of", "sign", "verified", "verify",
+    "Token", "Untrusted", "allowed_metrics", "canonical", "credentials", "expiry", "hosts_of", "identity_of",
+    "install", "load_signing_key", "make", "new_key", "of_config", "public_of", "read_request", "redacted",
+    "redeem", "refusal", "renew_at", "renewal", "request_of", "sign", "verified", "verify",
 ]  # fmt: skip

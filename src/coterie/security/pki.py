@@ -88,6 +88,11 @@ class Authority:
             raise ConfigError(f"{path}: this is not the key of ca.crt", "restore both from the same copy")
         return cls(folder, pem, key)
 
+    @property
+    def signs(self) -> bool:
+        """Is its key here?"""
+        return self._key is not None
+
     def issue(
         self,
         csr_pem: bytes,

@@ -120,7 +120,7 @@ class Link:
         self._outbox: asyncio.Queue[Message] | None = None  # None: not connected
         self._compress = False
         self._carrier = Carrier(blobs, site, rate, tell)
-        self._stopped = asyncio.Event()
+        self._here, self._stopped = asyncio.Event(), asyncio.Event()
         self._process, self._attempts = secrets.token_hex(8), itertools.count(1)
 
     async def run(self) -> None:
@@ -189,15 +189,19 @@ class Link:
         return doing[2] if doing else ""
 
     async def renew(self, request: bytes) -> bytes:
-        """Have a certificate issued for a signing request. Raises Refused, RunError when not connected."""
-        if self._outbox is None:
-            raise RunError("the server cannot be reached now", "try again when the site is connected")
+        """Have a certificate issued for a signing request, once the site is connected. Raises Refused."""
+        await self._here.wait()
         try:
             return bytes(
                 await self._control.unary_unary(f"/{SERVICE}/Renew")(request, metadata=self._carrier.who)
             )
         except grpc.aio.AioRpcError as error:
             raise Refused(str(error.details())) from None
+
+    def reconnect(self, why: str) -> None:
+        """Begin the connection anew, with the credentials that there are now; what is open comes again."""
+        if self._outbox is not None and not self._broken.done():
+            self._broken.set_result(why)
 
     async def _session(self, address: str) -> tuple[bool, str]:
         """Connect and work until it breaks; return whether all was well until then, and why it broke."""
@@ -217,6 +221,7 @@ class Link:
                 code, details = grpc.StatusCode.UNKNOWN, str(error)
             finally:
                 self._outbox = None
+                self._here.clear()
                 jobs = [listen, *self._jobs]
                 for job in jobs:
                     job.cancel()
@@ -243,6 +248,7 @@ class Link:
                 self._take(message)
             elif isinstance(message, Welcome):
                 self._joined, self._outbox = True, asyncio.Queue()
+                self._here.set()
                 self._compress = "zstd" in message.features
                 self._spawn(self._speak(call, self._outbox))
                 self._spawn(self._beat(message.silence / 4))
