@@ -33,6 +33,11 @@ from coterie.experiment.renewal import keep_renewed
 from coterie.storage import Blobs
 from coterie.storage.ledger import Ledger
 
+INSECURE = (
+    "--insecure: nothing is encrypted, so whoever is on the way reads and changes models and updates; who "
+    "answers at the server's address is believed, and may run here any config that the policy allows, signed "
+    "by nobody; anybody can write a ledger like this one's. For trials on one machine only."
+)
 log = logging.getLogger("coterie")
 
 
@@ -299,6 +304,8 @@ async def serve(
     if mine is not None and mine.identity.role != "site":
         raise ConfigError(f"{where}: the certificate is that of {mine.identity}", "a site's is needed")
     site = mine.identity.name if mine else str(insecure_as)
+    if mine is None:
+        log.warning(INSECURE)
     signing = mine.signing_key if mine else hashlib.sha256(site.encode()).digest()
     with Ledger(
         home / "ledger.jsonl", partial(security.sign, signing), security.public_of(signing)

@@ -41,6 +41,11 @@ FILES = (
     "model.safetensors",
     "run.log",
 )
+INSECURE = (
+    "--insecure: nothing is encrypted, so whoever is on the way reads and changes models and updates; nobody "
+    "shows a certificate, so whoever reaches this port may be any site or operator; neither configs nor "
+    "replies are signed, and anybody can write a ledger like this one's. For trials on one machine only."
+)
 log = logging.getLogger("coterie")
 
 
@@ -122,6 +127,8 @@ class Office:
     async def open(self, stack: AsyncExitStack) -> int:
         """Listen, and go on with what another server left; return the port."""
         options = self.options
+        if options.insecure:
+            log.warning(INSECURE)
         port = await self.door.start(options.listen, self.current.door() if self.current else None)
         stack.push_async_callback(self.door.stop)
         if options.enrol:

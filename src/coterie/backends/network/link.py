@@ -42,6 +42,7 @@ from coterie.backends.network.messages import (
     line,
     parse,
 )
+from coterie.backends.network.mismatch import mismatch
 from coterie.backends.network.server import FEATURES, SERVICE, options
 from coterie.backends.network.transfer import uncut
 from coterie.core.errors import CoterieError, RunError
@@ -125,7 +126,7 @@ class Link:
 
     async def run(self) -> None:
         """Stay connected until `stop`. Raises Refused."""
-        delay = FIRST
+        delay, known = FIRST, False
         stopped = asyncio.ensure_future(self._stopped.wait())
         try:
             for address in itertools.cycle(self.addresses):
@@ -134,6 +135,10 @@ class Link:
                 if stopped.done():
                     return
                 joined, why = session.result()
+                known = known or joined
+                encrypted = self.credentials is not None
+                if not known and (wrong := await asyncio.to_thread(mismatch, address, encrypted=encrypted)):
+                    raise Refused(wrong)
                 self.tell("disconnected", server=address, why=why)
                 delay = FIRST if joined else min(delay * 2, LONGEST)
                 await asyncio.wait([stopped], timeout=delay * random.uniform(0.5, 1.0))  # noqa: S311
