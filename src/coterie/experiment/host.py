@@ -234,6 +234,9 @@ class Host:
         allowed = {
             "cpus": max(int(limits.cpu), 1) if limits.cpu else None,
             "memory": int(limits.memory * 1e9) if limits.memory else None,
+            "gpu": limits.gpu,
+            "gpus": limits.gpus,
+            "gpu_memory": limits.gpu_memory,
         }
         job = Job(
             config=config,

@@ -41,7 +41,8 @@ class Job:
 
     config: the run's, as plain values. folder: where relative paths of the config start. home: where this
     run's memories are kept; blobs: the site's. site, data: who has data of its own, and how it is loaded.
-    trainer: what trains here, whatever the config says. limits: "cpus", "memory" (bytes), "nice".
+    trainer: what trains here, whatever the config says. limits: "cpus", "memory" (bytes), "nice",
+    "gpu" (how many), "gpus" (which), "gpu_memory" (share of each).
     """
 
     config: Mapping[str, Any]
@@ -52,7 +53,7 @@ class Job:
     site: str = ""
     data: Mapping[str, Any] | None = None
     trainer: Any = None
-    limits: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Done(NamedTuple):
@@ -258,10 +259,31 @@ def _prepared(job: Job) -> tuple[Config, Dataset]:
     )
 
 
-def _limit(limits: Mapping[str, int]) -> None:
+def _limit(limits: Mapping[str, Any]) -> None:
+    """Before anything has asked for a GPU: CUDA reads once which devices it may see."""
     if "cpus" in limits:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: limits["cpus"]])
     if "memory" in limits:
         resource.setrlimit(resource.RLIMIT_AS, (limits["memory"], limits["memory"]))
     if "nice" in limits:
         os.nice(limits["nice"])
+    if "gpu" in limits or "gpus" in limits:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible(limits.get("gpu"), limits.get("gpus"), seen)
+    if "gpu_memory" in limits and torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(limits["gpu_memory"], device)
+
+
+def visible(count: int | None, which: Sequence[str] | None, seen: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of a process that may use so many GPUs, of these, where `seen` are in sight.
+
+    Devices are named as in `seen`; one that is not in sight stays out of it.
+    """
+    devices = list(which) if which is not None else None
+    if seen is not None:
+        there = [each.strip() for each in seen.split(",") if each.strip()]
+        devices = there if devices is None else [each for each in devices if each in there]
+    if devices is None:
+        devices = [str(number) for number in range(count or 0)]
+    return ",".join(devices[:count])

@@ -202,6 +202,10 @@ class Link:
             )
         except grpc.aio.AioRpcError as error:
             raise Refused(str(error.details())) from None
+        except asyncio.CancelledError:
+            if (me := asyncio.current_task()) is None or me.cancelling():
+                raise
+            raise Refused("the connection broke") from None  # which cancels its calls
 
     def reconnect(self, why: str) -> None:
         """Begin the connection anew, with the credentials that there are now; what is open comes again."""
