@@ -30,6 +30,7 @@ from coterie.experiment.records import Progress
 from coterie.experiment.renewal import Current, keep_renewed
 from coterie.storage import Blobs, Ledger
 from coterie.storage.database import Database, Run
+from coterie.storage.register import Register
 
 SPARE = 1 << 20  # bytes that an update may have more than its tensors
 FILES = (
@@ -86,7 +87,11 @@ class Office:
             options.home / "ledger.jsonl", partial(security.sign, signing), security.public_of(signing)
         )
         folder = options.authority or options.home / "ca"
-        self.authority = security.Authority.open(folder) if (folder / "ca.crt").exists() else None
+        self.register, self.files = Register(database), security.Files(folder)
+        there = (folder / "ca.crt").exists()
+        self.authority = security.Authority.open(folder, self.register) if there else None
+        self.distrusted: frozenset[int] = frozenset()
+        self.look()
         self.loop = asyncio.get_running_loop()
         blobs = Blobs(options.home / "blobs")
         blobs.keep(())  # what runs still need is in their archives
@@ -101,7 +106,7 @@ class Office:
             self.hub,
             authorise=None if self.mine is None else self._site,
             renew=self._renew if self.authority else None,
-            revoked=self.authority.revoked if self.authority else tuple,
+            revoked=self._revoked,
             more=[operators.operator_service(self, self._operator)],
         )
         self.queue = Queue(
@@ -146,6 +151,10 @@ class Office:
         stack.push_async_callback(asyncio.to_thread, self.queue.close)
         self._count()
         return port
+
+    def look(self) -> None:
+        """See what was revoked by others: on this database, or in the authority's folder."""
+        self.distrusted = (self.authority or self.register).revoked()
 
     def close(self) -> None:
         """Write the ledger to its end and let go of it."""
@@ -234,7 +243,9 @@ class Office:
     def revoke(self, serials: Sequence[str]) -> None:
         """Close at once what was opened with these certificates (serial numbers, hexadecimal)."""
         for serial in serials:
+            (self.authority or self.register).revoke(int(serial, 16))
             self.loop.call_soon_threadsafe(self.hub.revoke, int(serial, 16))
+        self.look()
         self.note("revoked", serials=list(serials))
 
     async def watch(self, run: str) -> AsyncIterator[dict[str, Any]]:
@@ -385,8 +396,11 @@ class Office:
 
     def _known(self, pem: bytes, role: str) -> Known:
         assert self.current is not None
-        revoked = self.authority.revoked() if self.authority else ()
-        return Known(pem, security.verified(pem, self.current().ca, role=role, revoked=revoked))
+        return Known(pem, security.verified(pem, self.current().ca, role=role, revoked=self._revoked()))
+
+    def _revoked(self) -> frozenset[int]:
+        """Asked for at each message: the authority's folder is as it is now, the database as last seen."""
+        return self.distrusted | self.files.revoked()
 
     def _site(self, pem: bytes) -> Known:
         return self._known(pem, "site")

@@ -36,11 +36,13 @@ from coterie.security.pki import (
     request_of,
 )
 from coterie.security.policy import Job, Limits, Policy, Privacy, allowed_metrics, redacted, refusal
+from coterie.security.register import Both, Files
 from coterie.security.signing import canonical, of_config, public_of, sign, verify
 
 __all__ = [
-    "Authority", "Credentials", "Identity", "Issued", "Job", "Limits", "Policy", "Privacy", "Record", "Role",
-    "Token", "Untrusted", "allowed_metrics", "canonical", "credentials", "expiry", "hosts_of", "identity_of",
-    "install", "load_signing_key", "make", "new_key", "of_config", "public_of", "read_request", "redacted",
-    "redeem", "refusal", "renew_at", "renewal", "request_of", "sign", "verified", "verify",
+    "Authority", "Both", "Credentials", "Files", "Identity", "Issued", "Job", "Limits", "Policy",
+    "Privacy", "Record", "Role", "Token", "Untrusted", "allowed_metrics", "canonical", "credentials",
+    "expiry", "hosts_of", "identity_of", "install", "load_signing_key", "make", "new_key", "of_config",
+    "public_of", "read_request", "redacted", "redeem", "refusal", "renew_at", "renewal", "request_of",
+    "sign", "verified", "verify",
 ]  # fmt: skip
