@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from coterie.cli import app
-from coterie.security import Authority, Untrusted, identity_of, new_key
+from coterie.security import Authority, Untrusted, identity_of, new_key, register
 from coterie.storage.database import Database
 from coterie.storage.register import Register
 
@@ -91,3 +91,14 @@ def test_a_revocation_holds_at_both_whoever_made_it(two, tmp_path, database_url)
         other.renew(request, last.pem)
     listed = ["pki", "list", "--json", "--ca", str(tmp_path / "nowhere"), "--database", database_url]
     assert CliRunner().invoke(app, listed).output.count('"revoked"') == 3
+
+
+def test_a_folder_that_is_mounted_read_only_stays_as_it_is(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(register.os, "access", lambda path, mode: False)  # root may write everywhere
+    one, other = two
+    before = sorted(one.folder.rglob("*"))
+    token = one.token("a", ["h:1"])
+    who = identity_of(one.enrol(token.id, token.secret, new_key(tmp_path / "a", "a", "site")))
+    one.revoke(who.serial)
+    assert sorted(one.folder.rglob("*")) == before
+    assert [(each.identity, each.revoked) for each in other.issued()] == [(who, True)]

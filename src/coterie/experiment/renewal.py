@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +23,12 @@ async def keep_renewed(
     """Replace a certificate two thirds through its life, again and again.
 
     renew: signing request -> certificate. renewed: told when there is a new one. What fails is tried again
-    after a tenth of the life that is left, an hour at most.
+    after a tenth of the life that is left, an hour at most. Keys that are mounted read-only are for others to
+    replace.
     """
+    if not os.access(keys, os.W_OK):
+        log.info("%s is read-only: its certificate is not renewed from here", keys)
+        return
     while True:
         certificate = security.credentials(keys).certificate
         await asyncio.sleep(max((security.renew_at(certificate) - datetime.now(UTC)).total_seconds(), 0))

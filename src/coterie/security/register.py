@@ -98,7 +98,8 @@ class Files:
 class Both:
     """A folder, as commands on its machine know it, and a database, which all servers know.
 
-    A token is used in the database only. What the folder says of revocations is passed on to it.
+    A token is used in the database only. What the folder says of revocations is passed on to it. A folder
+    that is mounted read-only stays as it is.
     """
 
     folder: Files
@@ -107,7 +108,8 @@ class Both:
     def keep(self, serial: int, role: str, name: str, pem: bytes) -> None:
         """Remember a certificate."""
         self.shared.keep(serial, role, name, pem)
-        self.folder.keep(serial, role, name, pem)
+        if os.access(self.folder.folder, os.W_OK):
+            self.folder.keep(serial, role, name, pem)
 
     def certificates(self, role: str | None, name: str | None) -> list[bytes]:
         """Those of a role and name, or of all."""
@@ -117,7 +119,8 @@ class Both:
     def revoke(self, serial: int) -> None:
         """Trust it no more."""
         self.shared.revoke(serial)
-        self.folder.revoke(serial)
+        if os.access(self.folder.folder, os.W_OK):
+            self.folder.revoke(serial)
 
     def revoked(self) -> frozenset[int]:
         """The serial numbers that are trusted no more."""
