@@ -102,3 +102,11 @@ def test_a_folder_that_is_mounted_read_only_stays_as_it_is(two, tmp_path, monkey
     one.revoke(who.serial)
     assert sorted(one.folder.rglob("*")) == before
     assert [(each.identity, each.revoked) for each in other.issued()] == [(who, True)]
+
+
+def test_a_token_stays_used_when_the_database_is_lost(two, tmp_path):
+    one, _ = two
+    token = Authority.open(one.folder).token("a", ["h:1"])
+    one.enrol(token.id, token.secret, new_key(tmp_path / "a", "a", "site"))
+    with pytest.raises(Untrusted, match="used already"):
+        Authority.open(one.folder).enrol(token.id, token.secret, new_key(tmp_path / "b", "a", "site"))

@@ -90,8 +90,7 @@ class Office:
         self.register, self.files = Register(database), security.Files(folder)
         there = (folder / "ca.crt").exists()
         self.authority = security.Authority.open(folder, self.register) if there else None
-        self.distrusted: frozenset[int] = frozenset()
-        self.look()
+        self.distrusted = (self.authority or self.register).revoked()
         self.loop = asyncio.get_running_loop()
         blobs = Blobs(options.home / "blobs")
         blobs.keep(())  # what runs still need is in their archives
@@ -153,8 +152,11 @@ class Office:
         return port
 
     def look(self) -> None:
-        """See what was revoked by others: on this database, or in the authority's folder."""
-        self.distrusted = (self.authority or self.register).revoked()
+        """Close what was opened with certificates that were revoked since, by whomever. From any thread."""
+        now = (self.authority or self.register).revoked()
+        fresh, self.distrusted = now - self.distrusted, now
+        for serial in fresh:
+            self.loop.call_soon_threadsafe(self.hub.revoke, serial)
 
     def close(self) -> None:
         """Write the ledger to its end and let go of it."""
@@ -244,7 +246,6 @@ class Office:
         """Close at once what was opened with these certificates (serial numbers, hexadecimal)."""
         for serial in serials:
             (self.authority or self.register).revoke(int(serial, 16))
-            self.loop.call_soon_threadsafe(self.hub.revoke, int(serial, 16))
         self.look()
         self.note("revoked", serials=list(serials))
 

@@ -90,8 +90,11 @@ class Authority:
         key = _load_tls_key(path) if path.exists() else None
         if key is not None and not _fits(key, pem):
             raise ConfigError(f"{path}: this is not the key of ca.crt", "restore both from the same copy")
-        files = Files(folder)
-        return cls(folder, pem, key, files if shared is None else Both(files, shared))
+        if shared is None:
+            return cls(folder, pem, key, Files(folder))
+        both = Both(Files(folder), shared)
+        both.share()
+        return cls(folder, pem, key, both)
 
     @classmethod
     def elsewhere(cls, shared: Register) -> Self:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from coterie.errors import ConfigError
+from coterie.security.certificates import identity_of
 from coterie.security.files import make_folder, read_bytes, write_new, write_over
 
 _SERIAL = re.compile(r"[0-9a-f]{1,40}")
@@ -98,12 +99,20 @@ class Files:
 class Both:
     """A folder, as commands on its machine know it, and a database, which all servers know.
 
-    A token is used in the database only. What the folder says of revocations is passed on to it. A folder
-    that is mounted read-only stays as it is.
+    The database decides whether a token was used. What the folder says of revocations is passed on to it. A
+    folder that is mounted read-only stays as it is.
     """
 
     folder: Files
     shared: Register
+
+    def share(self) -> None:
+        """Pass on the certificates that were signed with the folder alone."""
+        known = set(self.shared.certificates(None, None))
+        for pem in self.folder.certificates(None, None):
+            if pem not in known:
+                who = identity_of(pem)
+                self.shared.keep(who.serial, who.role, who.name, pem)
 
     def keep(self, serial: int, role: str, name: str, pem: bytes) -> None:
         """Remember a certificate."""
@@ -140,4 +149,7 @@ class Both:
 
     def use_token(self, id: str, record: str, used: str) -> str:
         """Use a token for this, if it was not used yet."""
-        return self.shared.use_token(id, record, used)
+        now = self.shared.use_token(id, record, used)
+        if self.folder.token(id) and os.access(self.folder.folder, os.W_OK):
+            self.folder.use_token(id, record, now)
+        return now

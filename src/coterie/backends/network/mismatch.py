@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 
-PATIENCE = 5.0  # seconds
+PATIENCE = 2.0  # seconds
 _NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
 
 
