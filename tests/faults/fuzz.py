@@ -23,7 +23,8 @@ SEEDS = [
     messages.Opened(run="r"),
     messages.Declined(run="r", reason="no"),
     messages.Assign(
-        run="r", kind="train", version=1, round=1, config=CONFIG, down=BLOB, tasks=[(1, "c", None, 0)]
+        run="r", kind="train", version=1, round=1, config=CONFIG, down=BLOB, tasks=[(1, "c", None, 0)],
+        trace="00-" + "a" * 32 + "-" + "b" * 16 + "-01",
     ),
     messages.Answered(
         run="r", id=1, version=0, up=BLOB, weight=float("nan"), metrics={"loss": 1e300}, answers=[("c", 2)]

@@ -15,7 +15,7 @@ import signal
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,16 +23,22 @@ from typing import Any, Protocol
 import grpc
 
 from coterie import security
-from coterie.backends import telemetry
+from coterie.backends import spans, telemetry
 from coterie.backends.network import Link, RunOpened, operators
 from coterie.core import ClientId, Task
 from coterie.core.errors import ConfigError, CoterieError, RunError
 from coterie.experiment import code, parts
 from coterie.experiment.hosting import Done, Job, Training
+from coterie.experiment.renewal import keep_renewed
 from coterie.security import packages
 from coterie.storage import Blobs
 from coterie.storage.ledger import Ledger
 
+INSECURE = (
+    "--insecure: nothing is encrypted, so whoever is on the way reads and changes models and updates; who "
+    "answers at the server's address is believed, and may run here any config that the policy allows, signed "
+    "by nobody; anybody can write a ledger like this one's. For trials on one machine only."
+)
 log = logging.getLogger("coterie")
 
 
@@ -79,6 +85,9 @@ class Sender(Protocol):
 
     def fail(self, run: str, id: int, reason: str, detail: str) -> None:
         """Give it up."""
+
+    def trace(self, run: str, id: int) -> str:
+        """The parent of its spans."""
 
 
 class Work(Protocol):
@@ -261,6 +270,9 @@ class Host:
         allowed = {
             "cpus": max(int(limits.cpu), 1) if limits.cpu else None,
             "memory": int(limits.memory * 1e9) if limits.memory else None,
+            "gpu": limits.gpu,
+            "gpus": limits.gpus,
+            "gpu_memory": limits.gpu_memory,
         }
         job = Job(
             config=config,
@@ -277,6 +289,12 @@ class Host:
 
     def _done(self, run: str, done: Done) -> None:
         task = done.task
+        if done.began is not None:
+            trained = spans.begin(
+                "train", self.sender.trace(run, task.id), done.began,
+                run=run, site=self.site, task=task.id, client=task.client, round=task.round,
+            )  # fmt: skip
+            trained.end("" if done.up else "lost", done.ended)
         if done.up is None:
             self.ledger.append("failed", run=run, task=task.id, client=task.client, reason=done.reason)
             told = self.policy.tracebacks == "full"
@@ -327,6 +345,8 @@ async def serve(
     if mine is not None and mine.identity.role != "site":
         raise ConfigError(f"{where}: the certificate is that of {mine.identity}", "a site's is needed")
     site = mine.identity.name if mine else str(insecure_as)
+    if mine is None:
+        log.warning(INSECURE)
     signing = mine.signing_key if mine else hashlib.sha256(site.encode()).digest()
     with Ledger(
         home / "ledger.jsonl", partial(security.sign, signing), security.public_of(signing)
@@ -370,7 +390,8 @@ async def serve(
         endpoint = (
             telemetry.Endpoint(metrics, lambda: "" if connected else "not connected") if metrics else None
         )
-        renewing = asyncio.ensure_future(_renewing(where, link)) if mine else None
+        anew = partial(link.reconnect, "its certificate is renewed")
+        renewing = asyncio.ensure_future(keep_renewed(where, link.renew, anew)) if mine else None
         try:
             await link.run()
         finally:
@@ -386,20 +407,6 @@ def stop_at_signals(link: Link) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, link.stop)
-
-
-async def _renewing(keys: Path, link: Link) -> None:
-    """Replace the certificate in good time, again and again; what fails is tried again in an hour."""
-    while True:
-        due = security.renew_at(security.credentials(keys).certificate)
-        await asyncio.sleep(max((due - datetime.now(UTC)).total_seconds(), 0))
-        try:
-            pem = await link.renew(security.renewal(keys))
-            security.install(keys, pem)
-            log.info("the certificate is renewed")
-        except CoterieError as error:
-            log.warning("the certificate could not be renewed: %s", error)
-            await asyncio.sleep(3600)
 
 
 def _channel_credentials(keys: Path) -> grpc.ChannelCredentials:

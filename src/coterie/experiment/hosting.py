@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -40,8 +41,9 @@ class Job:
 
     config: the run's, as plain values. folder: where relative paths of the config start. home: where this
     run's memories are kept; blobs: the site's. site, data: who has data of its own, and how it is loaded.
-    trainer: what trains here, whatever the config says. limits: "cpus", "memory" (bytes), "nice". code: where
-    the model and the trainer come from that the config names, when they travel with the run.
+    trainer: what trains here, whatever the config says. limits: "cpus", "memory" (bytes), "nice", "gpu" (how
+    many), "gpus" (which), "gpu_memory" (share of each). code: where the model and the trainer come from that
+    the config names, when they travel with the run.
     """
 
     config: Mapping[str, Any]
@@ -52,12 +54,15 @@ class Job:
     site: str = ""
     data: Mapping[str, Any] | None = None
     trainer: Any = None
-    limits: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
     code: Environment | None = None
 
 
 class Done(NamedTuple):
-    """A finished task. up: where the update lies; None: it was lost, for this reason. log: what was said."""
+    """A finished task. up: where the update lies; None: it was lost, for this reason. log: what was said.
+
+    began, ended: of the block in which it was trained, Unix time; None when unknown.
+    """
 
     task: Task
     up: Blob | None
@@ -66,6 +71,8 @@ class Done(NamedTuple):
     samples: int = 0
     reason: str = ""
     log: str = ""
+    began: float | None = None
+    ended: float | None = None
 
 
 class Told(BaseModel):
@@ -80,6 +87,8 @@ class Told(BaseModel):
     samples: Annotated[int, Field(ge=0)] = 0
     reason: str = ""
     log: str = ""
+    began: float | None = None
+    ended: float | None = None
 
 
 class Training:
@@ -161,7 +170,8 @@ class Training:
                 return
             if (task := self.doing.pop(told.id, None)) is not None:
                 up = None if told.up is None else Blob(*told.up)
-                self.heard(Done(task, up, told.weight, told.metrics, told.samples, told.reason, told.log))
+                facts = told.model_dump(exclude={"broken", "id", "up"})
+                self.heard(Done(task, up, **facts))
 
     def _died(self) -> None:
         """Begin again with what was not done; what kills every child is given up."""
@@ -230,8 +240,10 @@ class _Trained:
         """Train in the blocks that the trainer wants; yield what to tell of each once its block is done."""
         alone, blocks = self.site.packed([replace(task, down=self._read(task.down)) for task in tasks])
         for block in [*([task] for task in alone), *blocks]:
+            began = time.time()
             for answer in self.site.answer(block):
-                yield self._told(answer)
+                id, facts = self._told(answer)
+                yield id, {**facts, "began": began, "ended": time.time()}
 
     def _told(self, answer: Reply | Lost) -> tuple[int, dict[str, Any]]:
         log = "\n".join(text for _, text in self.said)[-LOG:]
@@ -274,10 +286,31 @@ def _prepared(job: Job) -> tuple[Config, Dataset]:
     )
 
 
-def _limit(limits: Mapping[str, int]) -> None:
+def _limit(limits: Mapping[str, Any]) -> None:
+    """Before anything has asked for a GPU: CUDA reads once which devices it may see."""
     if "cpus" in limits:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: limits["cpus"]])
     if "memory" in limits:
         resource.setrlimit(resource.RLIMIT_AS, (limits["memory"], limits["memory"]))
     if "nice" in limits:
         os.nice(limits["nice"])
+    if "gpu" in limits or "gpus" in limits:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible(limits.get("gpu"), limits.get("gpus"), seen)
+    if "gpu_memory" in limits and torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(limits["gpu_memory"], device)
+
+
+def visible(count: int | None, which: Sequence[str] | None, seen: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of a process that may use so many GPUs, of these, where `seen` are in sight.
+
+    Devices are named as in `seen`; one that is not in sight stays out of it.
+    """
+    devices = list(which) if which is not None else None
+    if seen is not None:
+        there = [each.strip() for each in seen.split(",") if each.strip()]
+        devices = there if devices is None else [each for each in devices if each in there]
+    if devices is None:
+        devices = [str(number) for number in range(count or 0)]
+    return ",".join(devices[:count])

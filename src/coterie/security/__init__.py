@@ -16,6 +16,7 @@ from coterie.security.certificates import (
     Identity,
     Role,
     Untrusted,
+    expiry,
     hosts_of,
     identity_of,
     read_request,
@@ -36,12 +37,13 @@ from coterie.security.pki import (
     request_of,
 )
 from coterie.security.policy import Job, Limits, Policy, Privacy, allowed_metrics, redacted, refusal
+from coterie.security.register import Both, Files
 from coterie.security.signing import canonical, of_config, public_of, sign, verify
 
 __all__ = [
-    "Authority", "Credentials", "Identity", "Issued", "Job", "Limits", "Policy", "Privacy", "Record", "Role",
-    "Token", "Unsafe", "Untrusted", "allowed_metrics", "canonical", "credentials", "hosts_of", "identity_of",
-    "install", "load_signing_key", "make", "members", "new_key", "of_config", "pack", "package", "public_of",
-    "read_request", "redacted", "redeem", "refusal", "renew_at", "renewal", "request_of", "sign", "unpack",
-    "verified", "verify", "wheel_name",
+    "Authority", "Both", "Credentials", "Files", "Identity", "Issued", "Job", "Limits", "Policy",
+    "Privacy", "Record", "Role", "Token", "Unsafe", "Untrusted", "allowed_metrics", "canonical",
+    "credentials", "expiry", "hosts_of", "identity_of", "install", "load_signing_key", "make", "members",
+    "new_key", "of_config", "pack", "package", "public_of", "read_request", "redacted", "redeem",
+    "refusal", "renew_at", "renewal", "request_of", "sign", "unpack", "verified", "verify", "wheel_name",
 ]  # fmt: skip

@@ -43,6 +43,7 @@ _Digest = Annotated[str, StringConstraints(pattern=r"^(sha256:)?[0-9a-f]{64}$")]
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _Signer = Annotated[str, StringConstraints(pattern=rf"^(ed25519:[0-9a-f]{{64}}|{_NAME})$")]
 _Window = Annotated[str, StringConstraints(pattern=rf"^{_TIME}-({_TIME}|24:00)$")]
+_Gpu = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{1,100})$")]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -61,6 +62,8 @@ class Limits(BaseModel):
     model_config = _FROZEN
     cpu: _Positive | None = None  # cores
     gpu: Annotated[int, Field(ge=0)] | None = None  # how many
+    gpus: tuple[_Gpu, ...] | None = None  # which, as CUDA_VISIBLE_DEVICES names them
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] | None = None  # share of each GPU's
     memory: _Positive | None = None  # GB
     bandwidth: _Positive | None = None  # MB/s
     hours: tuple[_Window, ...] | None = None  # "22:00-06:00", local time

@@ -146,6 +146,12 @@ class Database:
             yield connection
 
     @contextmanager
+    def shared(self) -> Iterator[Connection]:
+        """A transaction of anybody's, on what needs no lease (`register`). Raises RunError."""
+        with self._named(), self._writer() as connection:
+            yield connection
+
+    @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that only reads. Raises RunError."""
         with self._named(), self.engine.connect() as connection:

@@ -60,3 +60,19 @@ lease = Table(
     Column("holder", Text),
     Column("expires", Float, nullable=False),
 )
+certificates = Table(  # these three are of `register`, whose writers need no lease
+    "certificates",
+    metadata,
+    Column("serial", Text, primary_key=True),  # hexadecimal, as everywhere
+    Column("role", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("pem", Text, nullable=False),
+)
+revocations = Table("revocations", metadata, Column("serial", Text, primary_key=True))
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("record", Text, nullable=False),  # JSON, with a hash of the secret
+    Column("used", Text),  # for which key; null: not yet
+)

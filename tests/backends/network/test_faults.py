@@ -729,10 +729,11 @@ def test_a_certificate_is_renewed_over_the_connection(tmp_path):
 
         async with serving(tmp_path / "hub", server={"renew": renew}) as (_, port):
             link = link_of("a", port, tmp_path / "a", Waits())
-            with pytest.raises(Exception, match="cannot be reached"):
-                await link.renew(b"csr")
+            early = asyncio.ensure_future(link.renew(b"csr"))  # waits until there is a connection
             async with linked(link):
-                await link.tell.until("connected")
+                assert await early == b"a: csr"
+                link.reconnect("a new certificate")
+                await link.tell.until("connected", 2)
                 assert await link.renew(b"csr") == b"a: csr"
                 with pytest.raises(Refused, match="no signing request"):
                     await link.renew(b"bad")

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Protocol
 import grpc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coterie.backends.network.mismatch import mismatch
 from coterie.core.errors import ConfigError, CoterieError, DataError, Interrupted, RunError
 from coterie.security import Credentials, of_config, packages, sign
 
@@ -239,14 +240,24 @@ def reached(
         for address in addresses:
             made = stack.enter_context(channel(address, credentials))
             grpc.channel_ready_future(made).add_done_callback(lambda _, made=made: up.put(made))
-        try:
-            first = up.get(timeout=within)
-        except queue.Empty:
+        first = _soon(up, 1.0)
+        for address in addresses if first is None else ():
+            if wrong := mismatch(address, encrypted=credentials is not None):
+                raise RunError(wrong)
+        first = first or _soon(up, within)
+        if first is None:
             raise RunError(
                 f"server {', '.join(addresses)} does not answer within {within:g} s",
                 "is it running, and do its certificate and yours come from one authority?",
-            ) from None
+            )
         yield first
+
+
+def _soon(up: queue.SimpleQueue[grpc.Channel], seconds: float) -> grpc.Channel | None:
+    try:
+        return up.get(timeout=seconds)
+    except queue.Empty:
+        return None
 
 
 @contextmanager
