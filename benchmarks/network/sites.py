@@ -77,6 +77,7 @@ class ReadyMade:
             self.doing.pop(id, None)
 
     def accepted(self, version: int, accepted: Mapping[str, int], flying: Sequence[int]) -> None:
+        del accepted, flying
         self.gate.accepted(version)
 
     def progress(self) -> int:

@@ -23,7 +23,7 @@ def measure(sites: int, megabytes: float, repeats: int, *, floors: bool = True) 
     config = f.config(sites, megabytes, repeats + 1)  # in the first one the server makes what it keeps
     f.more_files()
     found: dict[str, list[float]] = {"up": [], "down": [], "steps": [], "stream": []}
-    began = time.monotonic()
+    began, accepted = time.monotonic(), 0.0
     with f.federation(sites, room=int(2.2e6 * sites * megabytes)) as made:
         update = made.update(config)
         size = (made.keys / "updates" / update).stat().st_size
