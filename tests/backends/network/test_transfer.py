@@ -49,7 +49,7 @@ def source(tmp_path):
     offset=st.integers(0, 2**60),
     squeeze=st.booleans(),
 )
-def test_every_flipped_bit_is_noticed(data, bit, offset, squeeze):
+def test_every_flipped_bit_is_noticed_or_changes_nothing(data, bit, offset, squeeze):
     frame = packed(offset, data * 5, b"before", squeeze)
     known = hashlib.sha256(b"before")
     out, seen = transfer.opened(frame, offset, known)
@@ -57,8 +57,12 @@ def test_every_flipped_bit_is_noticed(data, bit, offset, squeeze):
     assert seen.digest() == hashlib.sha256(b"before" + data * 5).digest()
     harmed = bytearray(frame)
     harmed[bit // 8 % len(frame)] ^= 1 << bit % 8
-    with pytest.raises(BadMessage):
-        transfer.opened(bytes(harmed), offset, known)
+    try:
+        out, _ = transfer.opened(bytes(harmed), offset, known)
+    except BadMessage:
+        return
+    assert squeeze  # zstd has bits that mean nothing
+    assert bytes(out) == data * 5
 
 
 @pytest.mark.parametrize("claims", [True, False])

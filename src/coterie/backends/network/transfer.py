@@ -117,6 +117,7 @@ async def receive(
     into: where the whole shall lie. Raises Corrupt when the whole is not what its name says, RunError when
     the disk is full.
     """
+    held, seen = blobs.held(blob.digest), await in_thread(blobs.begun, blob.digest)
 
     def keep(frame: bytes) -> int:
         nonlocal seen
@@ -127,7 +128,6 @@ async def receive(
         seen = with_it
         return there
 
-    held, seen = blobs.held(blob.digest), await in_thread(blobs.begun, blob.digest)
     ahead = asyncio.ensure_future(anext(frames, b""))  # one is kept while the next arrives
     try:
         while held < blob.size:
