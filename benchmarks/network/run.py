@@ -9,7 +9,7 @@ memory      the server's peak with 50 sites of 100 MB each
 idle        CPU time of a server with 1,000 connected sites
 recovery    from SIGKILL to serving again
 
-Each part's file says what exactly is measured. The whole takes about 15 minutes and 11 GB of disk or RAM.
+Each part's file says what exactly is measured. The whole takes about half an hour and 11 GB of disk or RAM.
 """
 
 from __future__ import annotations
