@@ -19,6 +19,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -111,6 +112,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"date": date, "machine": machine(), "parts": {}}
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, and removes its folders
     table, began = [], time.monotonic()
     for part in parts:
         print(f"{part}:", flush=True)
