@@ -18,7 +18,7 @@ from sqlalchemy import text
 
 from coterie.core import ConfigError, Fenced, RunError
 from coterie.storage.blobs import Blob
-from coterie.storage.database import Database, Logged, Run
+from coterie.storage.database import MIGRATIONS, Database, Logged, Run
 from coterie.storage.tables import metadata
 
 
@@ -42,6 +42,8 @@ def test_the_migrations_end_with_the_tables_that_the_code_uses(database):
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
+        files = (MIGRATIONS / "versions").glob("v*.py")  # each is named by its revision
+        assert context.get_current_heads() == (max(path.stem[1:5] for path in files),)
 
 
 def test_runs_are_kept(database, database_url):

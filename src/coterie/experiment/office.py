@@ -488,13 +488,14 @@ def placed(parts: Parts, sites: Sequence[str]) -> Callable[[ClientId], str]:
 
 
 def expected(parts: Parts) -> Tree:
-    """An update as every client must send it: its names, shapes and dtypes."""
+    """An update as every client must send it: its names, shapes and dtypes, on the meta device."""
     algorithm = parts.algorithm
     down, config = algorithm.broadcast(algorithm.init(parts.initial)), algorithm.local(0)
     work = algorithm.client_work
     memory = work.remember(down) if work.remember else None
     params, carry = work.start(down, memory, config)
-    return work.finish(params, down, carry, 1)[0]
+    up = work.finish(params, down, carry, 1)[0]
+    return trees.map_tree(lambda leaf: leaf.to("meta"), up)
 
 
 def _toml(text: str) -> dict[str, Any]:
