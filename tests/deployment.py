@@ -1,7 +1,6 @@
 """A real federation on loopback for tests: processes that can be killed and started again."""
 
 import json
-import os
 import queue
 import signal
 import socket
@@ -68,24 +67,29 @@ class Party(Process):
 class Deployment:
     """Server and sites in a folder; `address` is where sites connect, `port` where the server listens."""
 
-    def __init__(self, home, sites=2, address=None, server=(), site=()):
+    def __init__(self, home, sites=2, address=None, server=(), site=(), host="127.0.0.1"):
         self.home, self.names = Path(home), [f"site-{n + 1}" for n in range(sites)]
-        self.port = free_port()
-        self.address = address or f"127.0.0.1:{self.port}"
+        self.host, self.port = host, free_port()
+        self.address = address or f"{host}:{self.port}"
         self.server_options, self.site_options = server, site
         self.ways = {}  # site -> where it connects instead
         self.processes, self.sessions = {}, set()
         set_up(self.home, self.names, self.home)
+        at, authority = self.home / "server", security.Authority.open(self.home / "ca")
+        request = security.request_of(at, "server", "server")
+        security.install(at, authority.issue(request, "server", "server", hosts=[host, "127.0.0.1"]))
 
     def start(self, *names, ready=True, fault=None):
         """fault: what happens inside these processes (`inside.arm`)."""
         names = names or ("server", *self.names)
         for name in names:
             if name == "server":
-                options = ("--listen", f"127.0.0.1:{self.port}", *self.server_options)
+                options = ("--listen", f"{self.host}:{self.port}", *self.server_options)
             else:
                 options = ("--server", self.ways.get(name, self.address), *self.site_options)
-            self.processes[name] = Party("server" if name == "server" else "site", self.home / name, options, fault)
+            self.processes[name] = Party(
+                "server" if name == "server" else "site", self.home / name, options, fault
+            )
             self.sessions.add(self.processes[name].process.pid)
         for name in names if ready else ():
             self.processes[name].hear("listening on" if name == "server" else "is connected")

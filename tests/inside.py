@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from multiprocessing import get_context
+from pathlib import Path
 
 
 def kill():
@@ -65,14 +66,22 @@ def enter(namespace):
     """Live in this network namespace."""
     import ctypes
 
-    with open(f"/run/netns/{namespace}") as file:
+    with Path(f"/run/netns/{namespace}").open() as file:
         if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000):
             raise OSError(ctypes.get_errno(), f"setns {namespace}")
 
 
+def lie(name):
+    """Say another name in the hello."""
+    from coterie.backends.network import link
+
+    hello = link.Hello
+    link.Hello = lambda **told: hello(**{**told, "site": name})
+
+
 def arm(at, do):
     name, *arguments = do
-    action = {"kill": kill, "jump": jump, "damage": damage, "echo": echo, "enter": enter}[name]
+    action = {"kill": kill, "jump": jump, "damage": damage, "echo": echo, "enter": enter, "lie": lie}[name]
     if at is None:
         action(*arguments)
         return
@@ -115,7 +124,7 @@ def main(arguments, fault, stdin, stdout, log):
         os.dup2(file.fileno(), number)
         file.close()
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["coterie", *arguments]
     if fault:
         arm(**fault)
@@ -135,7 +144,7 @@ class Forked:
         self.pid = self.job.pid
         stdin.close()
         stdout.close()
-        self.stdout = open(os.dup(told.fileno()), encoding="utf-8")
+        self.stdout = os.fdopen(os.dup(told.fileno()), encoding="utf-8")
         told.close()
 
     def wait(self, timeout=None):
@@ -153,4 +162,12 @@ class Forked:
 
 
 nursery = get_context("forkserver")
-nursery.set_forkserver_preload(["coterie.cli.server", "coterie.experiment.server", "coterie.experiment.office", "coterie.experiment.host", "coterie.cli.running"])
+nursery.set_forkserver_preload(
+    [
+        "coterie.cli.server",
+        "coterie.experiment.server",
+        "coterie.experiment.office",
+        "coterie.experiment.host",
+        "coterie.cli.running",
+    ]
+)

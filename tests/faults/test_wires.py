@@ -2,6 +2,7 @@
 
 import pytest
 
+from coterie.backends.network import operators
 from deployment import LONG, Deployment, deployed, undisturbed
 from faults.wire import wire
 
@@ -23,76 +24,58 @@ def federation(tmp_path_factory):
     assert made.orphans() == []
 
 
-def harmed(federation, config, harm, at=2):
-    """How the run ended to which this was done."""
-    due = [at]
-
-    def on_round(round):
-        if due and round >= at:
-            due.clear()
-            federation.wire.call(harm)
-
-    run = federation.submit(config)
-    ended = federation.watch(run, on_round)
-    assert not due
-    return run, ended
-
-
-def assert_undisturbed(federation, run, ended):
-    assert ended == FINISHED
-    assert federation.result(run)["model_digest"] == undisturbed(RUN)
-
-
-def test_connections_that_are_cut(federation):
-    before = federation.wire.connections
-    assert_undisturbed(federation, *harmed(federation, RUN, federation.wire.cut))
-    assert federation.wire.connections > before
-
-
-def test_a_bit_that_is_wrong_ends_the_connection_and_nothing_else(federation):
-    before = federation.wire.connections
+def test_what_a_wire_does_costs_time_only(federation):
+    """Cut, spoilt, slow, and silent for less than the silence: in this order, in one run."""
+    wire, before = federation.wire, federation.wire.connections
 
     def spoil():
-        federation.wire.spoil = True
+        wire.spoil = True
 
-    assert_undisturbed(federation, *harmed(federation, RUN, spoil))
-    assert federation.wire.connections > before
-
-
-def test_a_slow_wire(federation):
     def slow():
-        federation.wire.delay, federation.wire.rate = 0.02, 100_000
-
-    try:
-        assert_undisturbed(federation, *harmed(federation, RUN, slow))
-    finally:
-        federation.wire.delay, federation.wire.rate = 0.0, None
-
-
-def test_a_partition_shorter_than_the_silence_costs_time_only(federation):
-    wire = federation.wire
+        wire.delay, wire.rate = 0.02, 200_000
 
     def part():
+        wire.delay, wire.rate = 0.0, None
         wire.clear.clear()
-        wire.loop.call_later(2.5, wire.clear.set)
+        wire.loop.call_later(3.0, wire.clear.set)
 
-    assert_undisturbed(federation, *harmed(federation, RUN, part))
+    harms = {2: wire.cut, 6: spoil, 10: slow, 13: part}
+
+    def on_round(round):
+        if due := [at for at in harms if at <= round][:1]:
+            wire.call(harms.pop(due[0]))
+
+    run = federation.submit(LONG)
+    assert federation.watch(run, on_round) == FINISHED
+    assert harms == {}
+    assert federation.result(run)["model_digest"] == undisturbed(LONG)
+    assert wire.connections >= before + 4  # each time a site comes again, with two
 
 
 def test_a_longer_partition_loses_the_sites_tasks_with_the_reason_and_the_site_returns(federation):
-    """Half open: neither end is told. The keepalive of 6 s silence finds it after 1.5 + 3 s."""
-    wire = federation.wire
-    run, ended = harmed(federation, RUN, wire.clear.clear)
+    """Half open: neither end is told. The site itself finds out, by its keepalive, after 30 + 60 s."""
+    wire, due = federation.wire, [True]
+
+    def on_round(round):
+        if round >= 2 and due:
+            due.clear()
+            wire.call(wire.clear.clear)
+
+    run = federation.submit(RUN)
+    ended = federation.watch(run, on_round)
     assert ended["status"] == "failed"
     assert "site site-1: silent for 6 s" in ended["error"]
     wire.call(wire.cut)
     wire.call(wire.clear.set)
     federation.processes["site-1"].hear("is connected")
     with federation.channel() as channel:
-        from coterie.backends.network import operators
-
         operators.ask(channel, "Resume", operators.Which(run=run))
     assert_undisturbed(federation, run, federation.watch(run))
+
+
+def assert_undisturbed(federation, run, ended):
+    assert ended == FINISHED
+    assert federation.result(run)["model_digest"] == undisturbed(RUN)
 
 
 def test_messages_said_twice_and_old_ones_again_change_nothing(tmp_path):
