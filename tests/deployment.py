@@ -57,7 +57,7 @@ class Party(Process):
     """A process of the federation."""
 
     def __init__(self, command, folder, options, fault=None):
-        self.log = folder / f"{command}.log"
+        self.log = folder.with_suffix(".log")  # beside it, for when its disk is full
         self.process = Forked([command, str(folder), *options, "--tied"], fault, self.log)
         self.lines = queue.Queue()
         self.listener = threading.Thread(target=self._listen, daemon=True)

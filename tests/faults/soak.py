@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from deployment import LONG, deployed, undisturbed
+from deployment import LONG, deployed, undisturbed  # noqa: E402
 
 RUN = {**LONG, "schedule": {**LONG["schedule"], "rounds": 60}}
 

@@ -14,7 +14,7 @@ NET = f"10.{200 + os.getpid() % 50}.{os.getpid() % 250}"
 
 
 def ip(*words):
-    made = subprocess.run(["ip", *words], capture_output=True, text=True)
+    made = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     if made.returncode:
         raise OSError(f"ip {' '.join(words)}: {made.stderr.strip()}")
 

@@ -93,5 +93,5 @@ def test_damaged_chunks_are_sent_again_and_a_clock_that_jumps_moves_nothing(tmp_
         federation.start("site-2", fault={"at": ["sent", "answered", 6], "do": ["jump", -3600]})
         run = federation.submit(RUN)
         assert_undisturbed(federation, run, federation.watch(run))
-        log = (federation.home / "site-1" / "site.log").read_text()
+        log = federation.processes["site-1"].log.read_text()
         assert "again {" in log
