@@ -5,15 +5,13 @@ import shutil
 import psycopg
 from typer.testing import CliRunner
 
-from coterie import experiment
 from coterie.cli import app
 from coterie.experiment.quickstart import Process
-from deployment import Deployment, free_port
-from faults.test_kills import SCAFFOLD
+from deployment import LONG, Deployment, Party, free_port, undisturbed
 
 
 def test_a_standby_takes_over_to_the_same_bits(tmp_path, postgres):
-    here = experiment.run(SCAFFOLD, out=tmp_path / "here").model_digest
+    here = undisturbed(LONG)
     with psycopg.connect(f"{postgres}/postgres", autocommit=True) as connection:
         connection.execute("create database standby")
     shared = ("--database", f"{postgres}/standby", "--blobs", f"file://{tmp_path}/shared")
@@ -24,10 +22,11 @@ def test_a_standby_takes_over_to_the_same_bits(tmp_path, postgres):
     shutil.copytree(federation.home / "server", other)
     try:
         federation.start("server")
-        standby = Process("server", other, "--listen", f"127.0.0.1:{second}", *shared)
+        standby = Party("server", other, ("--listen", f"127.0.0.1:{second}", *shared))
         federation.processes["standby"] = standby
+        federation.sessions.add(standby.process.pid)
         federation.start(*federation.names)
-        run = federation.submit(SCAFFOLD)
+        run = federation.submit(LONG)
 
         def kill(round):
             if round >= 3 and "server" in federation.processes:

@@ -410,7 +410,10 @@ def stop_at_signals(link: Link) -> None:
 
 
 def _channel_credentials(keys: Path) -> grpc.ChannelCredentials:
-    return operators.credentials(security.credentials(keys))
+    """Raises Untrusted for a certificate that no server would take: TLS itself does not say why it fails."""
+    mine = security.credentials(keys)
+    security.verified(mine.certificate, mine.ca)
+    return operators.credentials(mine)
 
 
 def signer_of(run: RunOpened, ca: bytes) -> security.Identity | None:
