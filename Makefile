@@ -13,7 +13,7 @@ help:
 	@echo "make docs    build the documentation into site/"
 	@echo "make check   lint, test and docs"
 	@echo "make bench-simulation    the simulator against pfl and Flower (an hour; ARGS=... as run.py --help says)"
-	@echo "make bench-network    rounds between real processes, against Flower's deployment engine"
+	@echo "make bench-network    the deployment's numbers, on loopback (half an hour; ARGS=... as run.py --help says)"
 	@echo "make clean   remove what builds and caches left; keeps $(VENV) and runs/"
 
 demo: $(VENV)/.installed

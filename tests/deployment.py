@@ -1,19 +1,23 @@
 """A real federation on loopback for tests: processes that can be killed and started again."""
 
 import json
-import os
+import queue
 import signal
 import socket
+import tempfile
+import threading
 import time
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import grpc
 
-from coterie import security
+from coterie import experiment, security
 from coterie.backends.network import operators
 from coterie.experiment.config import load, to_toml
 from coterie.experiment.quickstart import Process, set_up
+from inside import Forked
 
 SMALL = {
     "name": "small",
@@ -25,6 +29,22 @@ SMALL = {
     "backend": {"trainer": "loop"},
     "run": {"evaluate_clients": False},
 }
+LONG = {
+    **SMALL,
+    "algorithm": {**SMALL["algorithm"], "kind": "scaffold"},
+    "schedule": {**SMALL["schedule"], "rounds": 20, "quorum": 4},
+}
+
+
+@cache
+def _undisturbed(text):
+    with tempfile.TemporaryDirectory() as folder:
+        return experiment.run(json.loads(text), out=Path(folder) / "run").model_digest
+
+
+def undisturbed(config):
+    """The model_digest of the run in one process."""
+    return _undisturbed(json.dumps(config))
 
 
 def free_port():
@@ -33,26 +53,44 @@ def free_port():
         return probe.getsockname()[1]
 
 
+class Party(Process):
+    """A process of the federation."""
+
+    def __init__(self, command, folder, options, fault=None):
+        self.log = folder.with_suffix(".log")  # beside it, for when its disk is full
+        self.process = Forked([command, str(folder), *options, "--tied"], fault, self.log)
+        self.lines = queue.Queue()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+
+
 class Deployment:
     """Server and sites in a folder; `address` is where sites connect, `port` where the server listens."""
 
-    def __init__(self, home, sites=2, address=None, server=(), site=()):
+    def __init__(self, home, sites=2, address=None, server=(), site=(), host="127.0.0.1"):
         self.home, self.names = Path(home), [f"site-{n + 1}" for n in range(sites)]
-        self.port = free_port()
-        self.address = address or f"127.0.0.1:{self.port}"
+        self.host, self.port = host, free_port()
+        self.address = address or f"{host}:{self.port}"
         self.server_options, self.site_options = server, site
-        self.processes = {}
+        self.ways = {}  # site -> where it connects instead
+        self.processes, self.sessions = {}, set()
         set_up(self.home, self.names, self.home)
+        at, authority = self.home / "server", security.Authority.open(self.home / "ca")
+        request = security.request_of(at, "server", "server")
+        security.install(at, authority.issue(request, "server", "server", hosts=[host, "127.0.0.1"]))
 
-    def start(self, *names, ready=True):
+    def start(self, *names, ready=True, fault=None):
+        """fault: what happens inside these processes (`inside.arm`)."""
         names = names or ("server", *self.names)
         for name in names:
             if name == "server":
-                listen = ("--listen", f"127.0.0.1:{self.port}")
-                self.processes[name] = Process("server", self.home / name, *listen, *self.server_options)
+                options = ("--listen", f"{self.host}:{self.port}", *self.server_options)
             else:
-                options = ("--server", self.address, *self.site_options)
-                self.processes[name] = Process("site", self.home / name, *options)
+                options = ("--server", self.ways.get(name, self.address), *self.site_options)
+            self.processes[name] = Party(
+                "server" if name == "server" else "site", self.home / name, options, fault
+            )
+            self.sessions.add(self.processes[name].process.pid)
         for name in names if ready else ():
             self.processes[name].hear("listening on" if name == "server" else "is connected")
 
@@ -105,25 +143,31 @@ class Deployment:
         return json.loads((self.home / "server" / "runs" / run / "result.json").read_text())
 
     def orphans(self):
-        """Processes that work in this folder and that no process of ours is."""
-        ours = {each.process.pid for each in self.processes.values()}
+        """What is left of the sessions that began here, once it has had the time to end."""
+        deadline = time.monotonic() + 20
+        while (found := self._left()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
+    def _left(self):
+        sessions = self.sessions - {each.process.pid for each in self.processes.values()}
         found = []
         for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal() and int(entry.name) not in ours | {os.getpid()}:
+            if entry.name.isdecimal():
                 try:
-                    told = (entry / "cmdline").read_bytes().decode(errors="replace")
-                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                    if int(session) in sessions and state != "Z":
+                        found.append((entry / "cmdline").read_bytes().decode(errors="replace"))
                 except OSError:
                     continue
-                if str(self.home) in told and parent not in ours:
-                    found.append(told)
         return found
 
 
 @contextmanager
-def deployed(home, **options):
+def deployed(home, *, start=True, **options):
     with ExitStack() as stack:
         made = Deployment(home, **options)
         stack.callback(made.close)
-        made.start()
+        if start:
+            made.start()
         yield made

@@ -6,8 +6,18 @@ import pytest
 
 import coterie as ct
 from coterie.experiment import assemble
+from coterie.experiment.code import gathered
+from coterie.security import Policy, members
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.toml"))
+
+
+def test_code_that_travels(tmp_path):
+    folder = EXAMPLES[0].parent / "travelling"
+    config = ct.load(folder / "experiment.toml", ["schedule.rounds=2"])
+    assert [each.filename for each in members(gathered(config))] == ["model.py", "train.py"]
+    assert ct.run(config, out=tmp_path / "run").status == "finished"
+    assert Policy.load(folder / "policy.toml").code == "signed"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -127,6 +127,9 @@ class Proxy:
         self.open |= {writer, back}
         await asyncio.gather(self._carry("up", reader, back), self._carry("down", there, writer))
 
+    async def _harm(self, data):
+        return data
+
     async def _carry(self, way, reader, writer):
         try:
             while data := await reader.read(1 << 16):
@@ -135,7 +138,7 @@ class Proxy:
                 if self.budget is not None and self.bytes.total() > self.budget:
                     self.budget = None
                     self.cut()
-                writer.write(data)
+                writer.write(await self._harm(data))
                 await writer.drain()
         except OSError:
             pass

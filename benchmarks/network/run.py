@@ -1,110 +1,130 @@
-"""Rounds between real processes: Coterie's server and sites against Flower's deployment engine, in turn.
+"""The deployment's numbers, on loopback: real processes, mutual TLS, everything durable.
 
-    python benchmarks/network/run.py [--rounds 20] [--flower-rounds 3] [--repeats 3]
+    python benchmarks/network/run.py                                    everything, as the aims are stated
+    python benchmarks/network/run.py --only throughput --sites 10 --megabytes 2
 
-Two sites and a model of 11 KB on loopback. Coterie runs as it is deployed: mutual TLS, every reply and round
-durable, ledgers, one step of training; Flower without TLS and in memory, its clients add one to each number.
-The time of a round is the median of the times between one round's end and the next.
+latency     rounds of 2 sites with 11 KB, against Flower's deployment engine
+throughput  100 sites with 10 MB each, against the same durable steps and against a bare gRPC stream
+memory      the server's peak with 50 sites of 100 MB each
+idle        CPU time of a server with 1,000 connected sites
+recovery    from SIGKILL to serving again
+
+Each part's file says what exactly is measured. The whole takes about half an hour and 11 GB of disk or RAM.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "simulation")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "simulation")]
 
-from environments import python_of  # noqa: E402
+import idle  # noqa: E402
+import latency  # noqa: E402
+import recovery  # noqa: E402
+import throughput  # noqa: E402
 
-from coterie.experiment.config import load  # noqa: E402
-from coterie.experiment.quickstart import quickstart  # noqa: E402
-
-CONFIG = {
-    "name": "latency",
-    "seed": 1,
-    "data": {"dataset": "digits", "partition": {"kind": "iid", "clients": 2}},
-    "model": {"kind": "mlp", "hidden": 37},  # 2,785 numbers
-    "algorithm": {"kind": "fedavg", "client": {"lr": 0.1, "steps": 1, "batch_size": 32}},
-    "schedule": {"kind": "synchronous", "rounds": 20, "cohort": 2},
-    "run": {"evaluate_every": 10**6, "evaluate_clients": False},
-    "backend": {"trainer": "loop"},
-}
+PARTS = ("latency", "throughput", "memory", "idle", "recovery")
+MB = 1e6
 
 
-def coterie(rounds: int) -> list[float]:
-    """Seconds of each round but the first, in which the sites load torch."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        config = {**CONFIG, "schedule": {**CONFIG["schedule"], "rounds": rounds}}  # type: ignore[dict-item]
-        quickstart(load(config), sites=2, out=out)
-        ends = [json.loads(row)["seconds"] for row in (out / "metrics.jsonl").read_text().splitlines()]
-    return [b - a for a, b in pairwise(ends[1:])]
-
-
-def flower(rounds: int) -> list[float]:
-    """Seconds of each round."""
-    python = python_of("flwr")
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        (home / "config.toml").write_text(
-            '[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:8000"\ninsecure = true\n'
-        )
-        env = {
-            **os.environ, "FLWR_HOME": folder, "FLWR_TELEMETRY_ENABLED": "0",
-            "PATH": f"{python.parent}:{os.environ['PATH']}",
-        }  # fmt: skip
-        commands = [["flower-superlink", "--insecure", "--disable-runtime-dependency-installation"]]
-        commands += [
-            ["flower-supernode", "--insecure", "--superlink", "127.0.0.1:8000", "--port", str(port)]
-            for port in (9094, 9095)
+def measure(
+    part: str, given: argparse.Namespace
+) -> tuple[dict[str, Any], list[tuple[str, float, str, float]]]:
+    """What a part found, and rows: what, value, unit, aim (the most; negative: the least)."""
+    repeats = given.repeats
+    if part == "latency":
+        got = latency.measure(given.rounds, given.flower_rounds, repeats or 3)
+        rows = [
+            ("a round of 2 sites, 11 KB", 1000 * got["median"]["coterie"], "ms", 50),
+            ("times as fast as Flower", got["times_flower"], "", -100),
         ]
-        started = []
-        try:
-            for command in commands:
-                log = (home / f"{len(started)}.log").open("w")
-                started.append(
-                    subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-                )
-                time.sleep(8)
-            out = home / "ends.json"
-            asked = f'out="{out}" rounds={rounds}'
-            run = ["flwr", "run", str(HERE / "flower_app"), "here", "--stream", "-c", asked]
-            subprocess.run(run, env=env, check=True, capture_output=True, timeout=600)
-            ends = json.loads(out.read_text())
-        finally:
-            for process in started:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return [b - a for a, b in pairwise(ends)]
+    elif part == "throughput":
+        got = throughput.measure(given.sites or 100, given.megabytes or 10, repeats or 5)
+        rate = got["median"]
+        rows = [
+            ("updates received", rate["up"] / MB, "MB/s", 0),
+            ("models sent", rate["down"] / MB, "MB/s", 0),
+            ("durable steps alone", rate["steps"] / MB, "MB/s", 0),
+            ("bare gRPC stream", rate["stream"] / MB, "MB/s", 0),
+            ("updates, of the durable steps", 100 * got["of_steps"], "%", -60),
+            ("updates, of the bare stream", 100 * got["of_stream"], "%", -30),
+        ]
+    elif part == "memory":
+        got = throughput.measure(given.sites or 50, given.megabytes or 100, repeats or 1, floors=False)
+        rows = [
+            ("peak memory in the rounds", got["peak_mb"]["rounds"], "MB", 900),
+            ("peak memory with the final report", got["peak_mb"]["whole"], "MB", 900),
+        ]
+    elif part == "idle":
+        got = idle.measure(given.sites or 1000, given.seconds)
+        rows = [(f"{got['sites']} idle sites, of a core", 100 * got["core"], "%", 5)]
+    else:
+        got = recovery.measure(repeats or 5)
+        aims = {"listening": 3, "joined": 3, "committed": 0}
+        rows = [
+            (f"killed, until {name}", statistics.median(got["seconds"][name]), "s", aim)
+            for name, aim in aims.items()
+        ]
+    return got, rows
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
+        "python": platform.python_version(),
+        "load": os.getloadavg(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated (default: all)")
+    parser.add_argument("--sites", type=int, help="of throughput, memory, idle (default: 100, 50, 1000)")
+    parser.add_argument("--megabytes", type=float, help="of throughput, memory (default: 10, 100)")
+    parser.add_argument("--repeats", type=int, help="(default: 3, 5, 1, 1, 5)")
+    parser.add_argument("--seconds", type=float, default=60, help="of idle")
+    parser.add_argument("--rounds", type=int, default=20, help="of Coterie, in latency")
     parser.add_argument("--flower-rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="the JSON file (default: results/<date>.json)")
     given = parser.parse_args()
-    ratios = []
-    for number in range(given.repeats):
-        ours, theirs = coterie(given.rounds), flower(given.flower_rounds)
-        mine, its = statistics.median(ours), statistics.median(theirs)
-        ratios.append(its / mine)
-        print(
-            f"{number + 1}: Coterie {1000 * mine:.1f} ms a round ({1000 * min(ours):.1f} to "
-            f"{1000 * max(ours):.1f}), Flower {its:.2f} s: {ratios[-1]:.0f} times",
-            flush=True,
-        )
-    print(f"median ratio: {statistics.median(ratios):.0f}")
+    parts = [part.strip() for part in given.only.split(",") if part.strip()]
+    if unknown := set(parts) - set(PARTS):
+        raise SystemExit(f"--only {sorted(unknown)[0]}: no such part; there are: {', '.join(PARTS)}")
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    out = given.out or HERE / "results" / f"{date.replace(':', '').partition('+')[0]}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"date": date, "machine": machine(), "parts": {}}
+    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, and removes its folders
+    table, began = [], time.monotonic()
+    for part in parts:
+        print(f"{part}:", flush=True)
+        report["parts"][part], rows = measure(part, given)
+        table += rows
+        report["seconds"] = time.monotonic() - began
+        out.write_text(json.dumps(report, indent=1))
+    print()
+    for what, value, unit, aim in table:
+        wanted = f"{'at least' if aim < 0 else 'below'} {abs(aim)}" if aim else ""
+        print(f"{what:36} {value:10.1f} {unit:5} {wanted}".rstrip())
+    print(f"\n{report['seconds']:.0f} s; written to {out}")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def test_a_site_enrols_with_its_token_once_and_connects(federation, tmp_path):
     token.write_text(made.model_dump_json())
     assert CliRunner().invoke(app, ["enrol", str(token), str(folder)]).exit_code == 0
     assert (folder / "tls.key").stat().st_mode & 0o777 == 0o600
-    assert made.secret not in (federation.home / "server" / "server.log").read_text()
+    assert made.secret not in federation.processes["server"].log.read_text()
     again = CliRunner().invoke(app, ["enrol", str(token), str(tmp_path / "thief")])
     assert again.exit_code == 1
     site = Process("site", folder, "--server", federation.address)

@@ -4,13 +4,16 @@ import asyncio
 import itertools
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from coterie import experiment
 from coterie.core import Commit, Lost, Reply, drive, trees
-from coterie.experiment.hosting import Job, Training
+from coterie.experiment.hosting import Job, Training, _limit, visible
 from coterie.storage import Blobs
 
 BASE = {
@@ -37,7 +40,7 @@ class Hosted:
         for n in range(2):
             job = Job(config, folder, folder / str(n), folder / "blobs")
             self.sites.append(
-                Training(job, self.heard, lambda why: self.events.put_nowait(RuntimeError(why)))
+                Training(job, self.heard, lambda why, trace: self.events.put_nowait(RuntimeError(why)))
             )
         self.flying = {}
 
@@ -107,7 +110,7 @@ def test_children_that_are_killed_do_not_matter(digests, tmp_path):
 
     def kill(sites, event):
         if next(events) in (1, 5, 8):
-            os.kill(sites[int(event.task.client[-3:]) % 2].process.pid, signal.SIGKILL)
+            os.kill(sites[int(event.task.client[-3:]) % 2].child.process.pid, signal.SIGKILL)
 
     assert played("scaffold", tmp_path, kill) == digests["scaffold"]
 
@@ -155,7 +158,7 @@ def test_a_config_that_cannot_be_built_is_told(tmp_path):
     async def play():
         ended = asyncio.Event()
 
-        def broken(why):
+        def broken(why, trace):
             told.append(why)
             ended.set()
 
@@ -167,3 +170,38 @@ def test_a_config_that_cannot_be_built_is_told(tmp_path):
 
     asyncio.run(play())
     assert "no such" in told[0] or "nothing" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("count", "which", "seen", "expected"),
+    [
+        (2, None, None, "0,1"),
+        (0, None, None, ""),
+        (1, None, "3,5", "3"),
+        (None, ("1", "5"), "3, 5", "5"),
+        (1, ("GPU-8932f937", "0"), None, "GPU-8932f937"),
+        (9, (), "0", ""),
+    ],
+)
+def test_a_run_sees_the_gpus_that_the_policy_allows(count, which, seen, expected):
+    assert visible(count, which, seen) == expected
+
+
+def test_the_child_sees_them_in_its_environment():
+    """As CUDA would, which reads it when it is first asked for."""
+    code = (
+        "import os\nfrom coterie.experiment.hosting import _limit\n"
+        "_limit({'gpu': 1, 'gpus': ('2', '3'), 'gpu_memory': 0.5})\nprint(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,3"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3"]
+
+
+def test_a_share_of_gpu_memory_is_set_for_each_device(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *of: told.append(of))
+    _limit({"gpu_memory": 0.5})
+    assert told == [(0.5, 0), (0.5, 1)]

@@ -4,6 +4,7 @@ What comes out is a message or BadMessage; anything else is a bug. Inputs are re
 bytes flipped, cut, doubled and spliced, and values replaced by nasty ones.
 """
 
+import hashlib
 import json
 import random
 import resource
@@ -23,7 +24,8 @@ SEEDS = [
     messages.Opened(run="r"),
     messages.Declined(run="r", reason="no"),
     messages.Assign(
-        run="r", kind="train", version=1, round=1, config=CONFIG, down=BLOB, tasks=[(1, "c", None, 0)]
+        run="r", kind="train", version=1, round=1, config=CONFIG, down=BLOB, tasks=[(1, "c", None, 0)],
+        trace="00-" + "a" * 32 + "-" + "b" * 16 + "-01",
     ),
     messages.Answered(
         run="r", id=1, version=0, up=BLOB, weight=float("nan"), metrics={"loss": 1e300}, answers=[("c", 2)]
@@ -85,14 +87,16 @@ def fuzz(count: int, seed: int = 0) -> int:
     draw = random.Random(seed)
     texts = [bytes(message) for message in SEEDS]
     values = [json.loads(text) for text in texts]
-    frames = [transfer.packed(5, b"abc" * 100, compress=squeeze) for squeeze in (True, False)]
+    frames = [
+        transfer.packed(5, b"abc" * 100, hashlib.sha256(), compress=squeeze) for squeeze in (True, False)
+    ]
     good = 0
     for _ in range(count):
         try:
             match draw.randrange(5):
                 case 0:
-                    offset, data = transfer.opened(harmed(draw, draw.choice(frames)))
-                    assert len(data) <= transfer.CHUNK, offset
+                    data, _ = transfer.opened(harmed(draw, draw.choice(frames)), 5, hashlib.sha256())
+                    assert len(data) <= transfer.CHUNK
                 case 1 | 2:
                     parse(harmed(draw, draw.choice(texts)))
                 case _:

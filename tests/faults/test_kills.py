@@ -1,18 +1,11 @@
 """Law 3 over a network: whoever is killed whenever, a synchronous run ends with the bits of one process."""
 
-from coterie import experiment
-from deployment import SMALL, deployed
-
-SCAFFOLD = {
-    **SMALL,
-    "algorithm": {**SMALL["algorithm"], "kind": "scaffold"},
-    "schedule": {**SMALL["schedule"], "rounds": 20},
-}
+from deployment import LONG, deployed, undisturbed
+from faults.soak import soak
 
 
 def test_whoever_is_killed_the_bits_are_the_same(tmp_path):
-    here = experiment.run(SCAFFOLD, out=tmp_path / "here").model_digest
-    with deployed(tmp_path / "there") as federation:
+    with deployed(tmp_path) as federation:
         victims = {3: ["server"], 8: ["site-1"], 13: ["server", *federation.names]}
 
         def kill(round):
@@ -23,8 +16,13 @@ def test_whoever_is_killed_the_bits_are_the_same(tmp_path):
             if names:
                 federation.start(*names, ready=False)
 
-        run = federation.submit(SCAFFOLD)
+        run = federation.submit(LONG)
         assert federation.watch(run, kill) == {"status": "finished", "error": ""}
         assert victims == {}
-        assert federation.result(run)["model_digest"] == here
+        assert federation.result(run)["model_digest"] == undisturbed(LONG)
     assert federation.orphans() == []
+
+
+def test_random_kills_at_random_moments(tmp_path):
+    """`python tests/faults/soak.py --kills 100` for longer ones."""
+    assert soak(tmp_path, kills=6, seed=1, longest=2.0) >= 1

@@ -13,8 +13,8 @@ from coterie.security import (
     install,
     make,
     new_key,
-    pki,
     redeem,
+    register,
     request_of,
 )
 
@@ -83,12 +83,12 @@ def test_of_two_that_redeem_at_the_same_moment_one_wins(tmp_path, csr, monkeypat
     other = new_key(tmp_path / "other", "a", "site")
 
     def overtaken(path, data, **options):
-        monkeypatch.setattr(pki, "write_new", real)
+        monkeypatch.setattr(register, "write_new", real)
         Authority.open(ca.folder).enrol(token.id, token.secret, other)
         real(path, data, **options)
 
-    real = pki.write_new
-    monkeypatch.setattr(pki, "write_new", overtaken)
+    real = register.write_new
+    monkeypatch.setattr(register, "write_new", overtaken)
     with pytest.raises(Untrusted, match="used already"):
         ca.enrol(token.id, token.secret, csr)
     assert len(list(ca.issued())) == 1

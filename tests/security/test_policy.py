@@ -176,6 +176,8 @@ def test_a_message_never_leaves(text):
         ("[limits]\nhours = ['9-17']", "limits.hours.0 = '9-17'", ""),
         ("[limits]\nhours = ['25:00-26:00']", "limits.hours.0", ""),
         ("[limits]\ngpu = 1.5", "limits.gpu = 1.5", ""),
+        ("[limits]\ngpus = ['0,1']", "limits.gpus.0 = '0,1'", ""),
+        ("[limits]\ngpu_memory = 80", "limits.gpu_memory = 80", ""),
         ("[limits]\ncpu = '4'", "limits.cpu = '4'", ""),
         ("x = ", "not TOML", ""),
         ("x = " + "[" * 5000, "not TOML", ""),

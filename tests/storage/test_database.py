@@ -18,7 +18,7 @@ from sqlalchemy import text
 
 from coterie.core import ConfigError, Fenced, RunError
 from coterie.storage.blobs import Blob
-from coterie.storage.database import Database, Logged, Run
+from coterie.storage.database import MIGRATIONS, Database, Logged, Run
 from coterie.storage.tables import metadata
 
 
@@ -42,6 +42,8 @@ def test_the_migrations_end_with_the_tables_that_the_code_uses(database):
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
+        files = (MIGRATIONS / "versions").glob("v*.py")  # each is named by its revision
+        assert context.get_current_heads() == (max(path.stem[1:5] for path in files),)
 
 
 def test_runs_are_kept(database, database_url):
@@ -220,10 +222,26 @@ def test_writes_of_many_threads_are_all_there(database):
         assert [event.head for event in database.events(f"r{i}")] == [f"{n}" for n in range(10)]
 
 
+def test_runs_of_an_older_server_bring_no_code(database_url):
+    with closing(Database(database_url)) as database:
+        assert database.acquire("one")
+        database.add_run(run := a_run())
+        with database._writer() as connection:
+            connection.execute(text("alter table runs drop column code"))
+            for table in ("certificates", "revocations", "tokens"):
+                connection.execute(text(f"drop table {table}"))
+            connection.execute(text("update alembic_version set version_num = '0001'"))
+    with closing(Database(database_url)) as database:
+        assert database.run(run.id) == run
+        assert run.code == ""
+
+
 def test_a_newer_schema_is_refused_by_name(database_url):
     with closing(Database(database_url)) as database, database._writer() as connection:
         connection.execute(text("update alembic_version set version_num = '9999'"))
-    with pytest.raises(RunError, match="its tables are of version 9999, this Coterie knows 0001") as caught:
+    with pytest.raises(
+        RunError, match="its tables are of version 9999, this Coterie knows 0001, 0002, 0003"
+    ) as caught:
         Database(database_url)
     assert "newer Coterie" in caught.value.hint
 

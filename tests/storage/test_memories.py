@@ -199,3 +199,15 @@ def test_a_commit_costs_what_the_changed_clients_cost():
     few, many = steps(100), steps(10_000)
     assert few > 100
     assert many < 1.5 * few
+
+
+def test_a_task_that_is_done_again_after_its_commit_leaves_the_same(tmp_path):
+    memories = Memories(tmp_path, cache_bytes=0)
+    memories.put("a", 1, {"x": torch.ones(2)})
+    memories.commit(1, {"a": 1})
+    memories.put("a", 1, {"x": torch.ones(2)})
+    assert memories.at(1) == {"a": 1}
+    assert memories.get("a", 1)["x"].tolist() == [1, 1]
+    memories.put("a", 2, {"x": torch.zeros(2)})
+    memories.commit(2, {"a": 2})
+    assert memories.at(2) == {"a": 2}

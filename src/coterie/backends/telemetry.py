@@ -1,20 +1,16 @@
-"""What a server and a site tell of themselves: logs for programs, Prometheus metrics, health, traces.
+"""What a server and a site tell of themselves: logs for programs, Prometheus metrics, health.
 
 Logs are the library's own (logging, "coterie"), written as JSON lines or as text. Metrics and health are
 served over plain HTTP on an address of their own: /metrics, /healthz (the process answers), /readyz (it can
-do its work; 503 with the reason where not). Traces go by OpenTelemetry where the environment names a
-collector (OTEL_EXPORTER_OTLP_ENDPOINT) and its packages are installed. No secret is ever among them.
+do its work; 503 with the reason where not). No secret is ever among them. Traces are in `spans`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterable
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -122,33 +118,3 @@ class _Silent(WSGIRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
-
-
-@contextmanager
-def span(name: str, **facts: str | int | float) -> Iterator[None]:
-    """A span of a trace, where traces are on."""
-    tracer = _tracer()
-    if tracer is None:
-        yield
-        return
-    with tracer.start_as_current_span(name, attributes=facts):
-        yield
-
-
-@cache
-def _tracer() -> Any:
-    if not os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
-        return None
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
-        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
-        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
-    except ImportError:
-        log.warning(
-            "OTEL_EXPORTER_OTLP_ENDPOINT is set, but there are no traces: pip install 'coterie[trace]'"
-        )
-        return None
-    provider = TracerProvider(resource=Resource.create({"service.name": "coterie"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return provider.get_tracer("coterie")

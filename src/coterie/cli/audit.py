@@ -13,7 +13,7 @@ from coterie.cli.progress import columns, emit, size
 if TYPE_CHECKING:
     from coterie.storage import Entry, Head
 
-SHOWN = ("run", "task", "client", "to", "digest", "bytes", "clipping", "noise", "epsilon")
+SHOWN = ("run", "task", "client", "to", "digest", "bytes", "code", "size", "clipping", "noise", "epsilon")
 audit = typer.Typer(no_args_is_help=True, help="Check ledgers, and show what left.")
 Certificate = Annotated[
     Path | None, typer.Option(help="The writer's certificate (default: tls.crt beside the ledger).")
@@ -113,6 +113,12 @@ def _number(value: Any) -> float | None:
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return ""
-    if name == "bytes" and _number(value) is not None:
+    if name in ("bytes", "size") and _number(value) is not None:
         return size(value)
-    return str(value)[:12] if name == "digest" else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        str(value)[:12]
+        if name in ("digest", "code")
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -39,6 +39,13 @@ def submit(
         list[str] | None,
         typer.Option("--quota", metavar="KIND=N", help="At most so many rounds, bytes or seconds."),
     ] = None,
+    code: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Code that travels with it: a wheel, a .zip, a folder, or 'auto': the files that it names.",
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Watch it, and end as it ends.")] = False,
     as_json: AsJson = False,
     insecure: Insecure = False,
@@ -47,13 +54,18 @@ def submit(
     from coterie.backends.network import operators as desk  # noqa: PLC0415
     from coterie.experiment.config import load, to_toml  # noqa: PLC0415
 
-    text = to_toml(load(config, overrides or ()))
+    loaded = load(config, overrides or ())
+    text, package = to_toml(loaded), _package(code, loaded) if code else b""
+    digest = hashlib.sha256(package).hexdigest()
     with connected(server, identity, insecure) as (channel, mine):
-        run = desk.submit(channel, text, mine, _quotas(quotas or []))
+        run = desk.submit(channel, text, mine, _quotas(quotas or []), package)
         if not as_json:
-            typer.echo(f"{run}: queued")
+            typer.echo(f"{run}: queued" + (f", with code {digest}" if code else ""))
         elif not wait:
-            emit({"run": run, "config": hashlib.sha256(text.encode()).hexdigest()})
+            emit(
+                {"run": run, "config": hashlib.sha256(text.encode()).hexdigest()}
+                | ({"code": digest} if code else {})
+            )
         if wait:
             _watch(channel, run, as_json)
 
@@ -211,6 +223,21 @@ def connected(server: str, identity: Path | None, insecure: bool) -> Iterator[tu
     mine = None if identity is None else credentials(identity)
     with desk.reached(addresses, None if mine is None else desk.credentials(mine)) as channel:
         yield channel, mine
+
+
+def _package(code: str, config: Any) -> bytes:
+    """The package that travels."""
+    from coterie.errors import ConfigError  # noqa: PLC0415
+    from coterie.experiment.code import gathered  # noqa: PLC0415
+    from coterie.security import package  # noqa: PLC0415
+
+    if code != "auto":
+        return package(Path(code))
+    if (made := gathered(config)) is None:
+        raise ConfigError(
+            "--code auto: the config names no file beside it", 'model.kind = "model.py:Net", for one'
+        )
+    return made
 
 
 def _quotas(texts: list[str]) -> dict[str, float]:

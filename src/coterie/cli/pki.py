@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coterie.cli.progress import columns, emit
+
+if TYPE_CHECKING:
+    from coterie.security.pki import Authority
 
 pki = typer.Typer(no_args_is_help=True, help="Make and use a certificate authority.")
 Ca = Annotated[Path, typer.Option("--ca", help="The authority's folder.")]
@@ -15,10 +20,30 @@ Hosts = Annotated[
     list[str] | None,
     typer.Option("--host", help="A server's DNS name or IP address; may be given several times."),
 ]
+Shared = Annotated[
+    str | None,
+    typer.Option("--database", metavar="URL", help="The servers' database, which all of them know at once."),
+]
 Days = Annotated[float, typer.Option(help="How long the certificate is valid.")]
 RoleName = Annotated[str, typer.Argument(metavar="ROLE", help="server, site or operator.")]
 Name = Annotated[str, typer.Argument(help="The party's name.")]
 HERE = Path("pki")
+
+
+@contextmanager
+def _authority(ca: Path, database: str | None) -> Iterator[Authority]:
+    """The authority in a folder, or what the servers' database knows of it."""
+    from coterie.security.pki import Authority  # noqa: PLC0415
+
+    if database is None:
+        yield Authority.open(ca)
+        return
+    from coterie.storage.database import Database  # noqa: PLC0415
+    from coterie.storage.register import Register  # noqa: PLC0415
+
+    with closing(Database(database)) as opened:
+        shared = Register(opened)
+        yield Authority.open(ca, shared) if (ca / "ca.crt").exists() else Authority.elsewhere(shared)
 
 
 @pki.command()
@@ -118,14 +143,15 @@ def token(
     ],
     hours: Annotated[float, typer.Option(help="How long the token may be used.")] = 24,
     ca: Ca = HERE,
+    database: Shared = None,
     out: Annotated[Path | None, typer.Option(help="The token's file (default: NAME.token).")] = None,
 ) -> None:
     """Make a one-time token, with which a site gets its certificate from the server."""
     from coterie.security.files import write_new  # noqa: PLC0415
-    from coterie.security.pki import Authority  # noqa: PLC0415
 
     path = out or Path(f"{name}.token")
-    made = Authority.open(ca).token(name, servers, hours=hours)
+    with _authority(ca, database) as authority:
+        made = authority.token(name, servers, hours=hours)
     write_new(path, made.model_dump_json(indent=1).encode())
     typer.echo(f"{path}: for site {name}, once, within {hours:g} h; it is a secret")
 
@@ -142,7 +168,7 @@ def rotate(
 
     authority = parties.Authority.open(ca)
     pem = authority.renew(parties.renewal(folder), read_bytes(folder / "tls.crt"), days=days)
-    who = parties.install(folder, pem, authority.certificate)
+    who = parties.install(folder, pem)
     typer.echo(f"{folder}: {who}, serial {who.serial:x}")
 
 
@@ -150,6 +176,7 @@ def rotate(
 def revoke(
     which: Annotated[str, typer.Argument(metavar="NAME|SERIAL", help="NAME, ROLE/NAME or a serial number.")],
     ca: Ca = HERE,
+    database: Shared = None,
     server: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT,...", help="Also tell this server, which closes open connections."),
@@ -160,13 +187,11 @@ def revoke(
     ] = None,
 ) -> None:
     """Trust a party's certificates, or one of them, no more: at once and for good."""
-    from coterie.security.pki import Authority  # noqa: PLC0415
-
-    authority = Authority.open(ca)
-    serials = authority.find(which)
-    for serial in serials:
-        authority.revoke(serial)
-        typer.echo(f"revoked: serial {serial:x}")
+    with _authority(ca, database) as authority:
+        serials = authority.find(which)
+        for serial in serials:
+            authority.revoke(serial)
+            typer.echo(f"revoked: serial {serial:x}")
     if server is not None:
         from coterie.backends.network import operators  # noqa: PLC0415
         from coterie.cli.operate import connected  # noqa: PLC0415
@@ -177,16 +202,18 @@ def revoke(
 
 @pki.command("list")
 def list_issued(
-    ca: Ca = HERE, as_json: Annotated[bool, typer.Option("--json", help="One object a line.")] = False
+    ca: Ca = HERE,
+    database: Shared = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One object a line.")] = False,
 ) -> None:
     """List the certificates that the authority has signed."""
     from datetime import UTC, datetime  # noqa: PLC0415
 
-    from coterie.security.pki import Authority  # noqa: PLC0415
-
     titles = "role", "name", "serial", "expires", "status"
     rows, now = [], datetime.now(UTC)
-    for each in Authority.open(ca).issued():
+    with _authority(ca, database) as authority:
+        issued = list(authority.issued())
+    for each in issued:
         status = "revoked" if each.revoked else "expired" if each.expires <= now else "valid"
         who = each.identity
         rows.append((who.role, who.name, f"{who.serial:x}", each.expires.strftime("%Y-%m-%d"), status))

@@ -103,14 +103,16 @@ def assemble(
     model: nn.Module | None = None,
     dataset: Dataset | None = None,
     fit: Callable[..., Any] | None = None,
+    away: Any = None,
 ) -> Parts:
     """Build every part of the config. model, dataset, fit: objects to use instead of the config's.
 
+    away: an `away.Away`, where the config's model and trainer must not be loaded in this process.
     Raises ConfigError or DataError.
     """
     dataset = dataset or load_dataset(config, data_dir)
     population = load_population(config, dataset)
-    problem, initial = _problem(config, dataset, model)
+    problem, initial = (away, away.initial) if away else _problem(config, dataset, model)
     schedule = _schedule(config, population)
     promised = promise(config, schedule, len(population.clients))
     if promised is not None:
@@ -118,7 +120,7 @@ def assemble(
     config = with_multiplier(config, promised)
     local, algorithm = _algorithm(config, len(population.clients))
     refuse_parts(config, promised, algorithm, initial)
-    trainer, note = _trainer(config, problem, algorithm, population, fit)
+    trainer, note = (away, away.note) if away else _trainer(config, problem, algorithm, population, fit)
     test = _test(population)
     some = dataset.train if dataset.remote else None
     inputs, targets = (dataset.prepare(some.x[:2]), some.y[:2]) if some else (test[0][:2], test[1][:2])

@@ -7,7 +7,7 @@ the whole run. Evaluated on the same global test set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,6 +67,12 @@ def local_only(parts: Parts, samples: int, note: Note) -> dict[str, Any]:
         if own:
             result |= {"own_accuracy": _mean(list(own.values())), "own_accuracies": own}
     return result
+
+
+BASELINES: Mapping[str, Callable[[Parts, int, int, Note], dict[str, Any]]] = {
+    "centralised": centralised,
+    "local_only": lambda parts, samples, rounds, note: local_only(parts, samples, note),
+}
 
 
 def _train(parts: Parts, data: tuple[Tensor, Tensor], samples: int, who: str) -> Iterator[tuple[Tree, int]]:

@@ -75,7 +75,7 @@ class Handed:
         offered: queue.SimpleQueue[Any],
         job: Job,
         heard: Callable[[Done], None],
-        broken: Callable[[str], None],  # noqa: ARG002  a Training's signature
+        broken: Callable[[str, str], None],  # noqa: ARG002  a Training's signature
     ) -> None:
         self.offered, self.heard = offered, heard
         self.loop = asyncio.get_running_loop()

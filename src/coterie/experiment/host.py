@@ -14,8 +14,8 @@ import shutil
 import signal
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,15 +23,22 @@ from typing import Any, Protocol
 import grpc
 
 from coterie import security
-from coterie.backends import telemetry
+from coterie.backends import spans, telemetry
 from coterie.backends.network import Link, RunOpened, operators
 from coterie.core import ClientId, Task
-from coterie.core.errors import ConfigError, CoterieError
-from coterie.experiment import parts
+from coterie.core.errors import ConfigError, CoterieError, RunError
+from coterie.experiment import code, parts
 from coterie.experiment.hosting import Done, Job, Training
+from coterie.experiment.renewal import keep_renewed
+from coterie.security import packages
 from coterie.storage import Blobs
 from coterie.storage.ledger import Ledger
 
+INSECURE = (
+    "--insecure: nothing is encrypted, so whoever is on the way reads and changes models and updates; who "
+    "answers at the server's address is believed, and may run here any config that the policy allows, signed "
+    "by nobody; anybody can write a ledger like this one's. For trials on one machine only."
+)
 log = logging.getLogger("coterie")
 
 
@@ -70,11 +77,17 @@ def settings(path: Path) -> Settings:
 class Sender(Protocol):
     """The part of a Link that a host uses."""
 
+    async def fetch(self, run: str, blob: Any) -> None:
+        """Have a blob of a run here."""
+
     def answer(self, run: str, id: int, up: Any, weight: float, metrics: Any, samples: int) -> None:
         """Answer a task."""
 
     def fail(self, run: str, id: int, reason: str, detail: str) -> None:
         """Give it up."""
+
+    def trace(self, run: str, id: int) -> str:
+        """The parent of its spans."""
 
 
 class Work(Protocol):
@@ -98,7 +111,7 @@ class Work(Protocol):
         """End it."""
 
 
-Begin = Callable[[Job, Callable[[Done], None], Callable[[str], None]], Work]
+Begin = Callable[[Job, Callable[[Done], None], Callable[[str, str], None]], Work]
 
 
 class Host:
@@ -128,6 +141,8 @@ class Host:
         self.running: dict[str, Work] = {}
         self.asked: dict[str, security.Job] = {}
         self.broken: dict[str, str] = {}
+        self.unpacking = asyncio.Lock()
+        code.tidy(home / "code")
         self.sender: Sender
         self.policy = self._policy()
         settings(self.config / "site.toml")  # refuses a bad one now
@@ -137,15 +152,20 @@ class Host:
         try:
             self.policy = self._policy()
             job, reason = self._job(run)
+            if run.code and not reason:
+                job = replace(job, code=await self._code(run, self.asked[run.run].signer))
         except CoterieError as error:
             reason = f"site {self.site}: {error.args[0]}"
         else:
+            if run.run not in self.asked:
+                return f"site {self.site}: the run has ended"
             if not reason and run.run not in self.running:
                 self.running[run.run] = self.begin(
                     job, partial(self._done, run.run), partial(self._broken, run.run)
                 )
+        brought = {"code": run.code.digest} if run.code else {}
         self.ledger.append(
-            "refused" if reason else "joined", run=run.run, config=run.config_digest, reason=reason
+            "refused" if reason else "joined", run=run.run, config=run.config_digest, reason=reason, **brought
         )
         log.info("run %s: %s", run.run, f"refused: {reason}" if reason else "taking part")
         return reason
@@ -193,6 +213,26 @@ class Host:
         for each in self.running.values():
             each.close()
 
+    async def _code(self, run: RunOpened, signer: str | None) -> code.Environment:
+        """Where the code runs that comes with a run, which the policy allows: fetched and unpacked once."""
+        assert run.code is not None
+        digest, folder = run.code.digest, self.home.absolute() / "code"
+        async with self.unpacking:
+            if ready := code.prepared(folder, digest):
+                return ready
+            try:
+                await self.sender.fetch(run.run, run.code)
+            except (grpc.aio.AioRpcError, asyncio.CancelledError):
+                if (task := asyncio.current_task()) and task.cancelling():
+                    raise
+                raise RunError("the connection broke while its code was on the way") from None
+            self.ledger.append("code", run=run.run, code=digest, size=run.code.size, signer=signer)
+            used = [each.code_digest for each in self.asked.values() if each.code_digest]
+            try:
+                return await asyncio.to_thread(code.prepare, folder, self.blobs.path(digest), used)
+            finally:
+                self.blobs.path(digest).unlink(missing_ok=True)
+
     def _policy(self) -> security.Policy:
         path = self.config / "policy.toml"
         return security.Policy.load(path) if path.exists() else security.Policy()
@@ -216,6 +256,11 @@ class Host:
         )
         self.asked[run.run] = asked
         reason = security.refusal(self.policy, asked)
+        if run.code and not reason:
+            if run.code.size > packages.LIMIT:
+                reason = f"the package has {run.code.size} bytes; at most {packages.LIMIT} may travel"
+            elif mine.trainer is not None:
+                reason = "site.toml: trainer: what trains here is the site's own, not code that a run brings"
         own = None
         if data.get("dataset") == "sites":
             own = mine.data.get(named)
@@ -225,12 +270,15 @@ class Host:
         allowed = {
             "cpus": max(int(limits.cpu), 1) if limits.cpu else None,
             "memory": int(limits.memory * 1e9) if limits.memory else None,
+            "gpu": limits.gpu,
+            "gpus": limits.gpus,
+            "gpu_memory": limits.gpu_memory,
         }
         job = Job(
             config=config,
             folder=(mine.folder / mine.code) if mine.code else mine.folder,
-            home=self.home / "runs" / run.run,
-            blobs=self.blobs.folder,
+            home=self.home.absolute() / "runs" / run.run,
+            blobs=self.blobs.folder.absolute(),
             data_dir=self.data_dir,
             site=self.site,
             data=own,
@@ -241,6 +289,12 @@ class Host:
 
     def _done(self, run: str, done: Done) -> None:
         task = done.task
+        if done.began is not None:
+            trained = spans.begin(
+                "train", self.sender.trace(run, task.id), done.began,
+                run=run, site=self.site, task=task.id, client=task.client, round=task.round,
+            )  # fmt: skip
+            trained.end("" if done.up else "lost", done.ended)
         if done.up is None:
             self.ledger.append("failed", run=run, task=task.id, client=task.client, reason=done.reason)
             told = self.policy.tracebacks == "full"
@@ -255,14 +309,16 @@ class Host:
         )  # fmt: skip
         self.sender.answer(run, task.id, done.up, done.weight, metrics, done.samples)
 
-    def _broken(self, run: str, why: str) -> None:
+    def _broken(self, run: str, why: str, trace: str) -> None:
         """The run cannot be trained here: all of its tasks are answered so."""
         log.error("run %s cannot be trained here: %s", run, why)
-        self.broken[run] = f"site {self.site}: {why.splitlines()[0]}"
+        shown = security.redacted(self.policy, trace)
+        said = why if self.policy.tracebacks == "full" or not trace else shown or "it cannot be trained here"
+        self.broken[run] = f"site {self.site}: {said.splitlines()[0]}"
         training = self.running[run]
         for id in list(training.doing):
             training.drop([id])
-            self.sender.fail(run, id, self.broken[run], "")
+            self.sender.fail(run, id, self.broken[run], shown)
 
 
 async def serve(
@@ -289,6 +345,8 @@ async def serve(
     if mine is not None and mine.identity.role != "site":
         raise ConfigError(f"{where}: the certificate is that of {mine.identity}", "a site's is needed")
     site = mine.identity.name if mine else str(insecure_as)
+    if mine is None:
+        log.warning(INSECURE)
     signing = mine.signing_key if mine else hashlib.sha256(site.encode()).digest()
     with Ledger(
         home / "ledger.jsonl", partial(security.sign, signing), security.public_of(signing)
@@ -332,7 +390,8 @@ async def serve(
         endpoint = (
             telemetry.Endpoint(metrics, lambda: "" if connected else "not connected") if metrics else None
         )
-        renewing = asyncio.ensure_future(_renewing(where, link)) if mine else None
+        anew = partial(link.reconnect, "its certificate is renewed")
+        renewing = asyncio.ensure_future(keep_renewed(where, link.renew, anew)) if mine else None
         try:
             await link.run()
         finally:
@@ -350,22 +409,11 @@ def stop_at_signals(link: Link) -> None:
         loop.add_signal_handler(number, link.stop)
 
 
-async def _renewing(keys: Path, link: Link) -> None:
-    """Replace the certificate in good time, again and again; what fails is tried again in an hour."""
-    while True:
-        due = security.renew_at(security.credentials(keys).certificate)
-        await asyncio.sleep(max((due - datetime.now(UTC)).total_seconds(), 0))
-        try:
-            pem = await link.renew(security.renewal(keys))
-            security.install(keys, pem)
-            log.info("the certificate is renewed")
-        except CoterieError as error:
-            log.warning("the certificate could not be renewed: %s", error)
-            await asyncio.sleep(3600)
-
-
 def _channel_credentials(keys: Path) -> grpc.ChannelCredentials:
-    return operators.credentials(security.credentials(keys))
+    """Raises Untrusted for a certificate that no server would take: TLS itself does not say why it fails."""
+    mine = security.credentials(keys)
+    security.verified(mine.certificate, mine.ca)
+    return operators.credentials(mine)
 
 
 def signer_of(run: RunOpened, ca: bytes) -> security.Identity | None:
@@ -373,9 +421,10 @@ def signer_of(run: RunOpened, ca: bytes) -> security.Identity | None:
     if not run.signer:
         return None
     who = security.verified(run.signer.encode(), ca, role="operator")
-    signed = security.of_config(run.config)
+    signed = security.of_config(run.config, run.code.digest if run.code else "")
     if not security.verify(who.signing_key, signed, bytes.fromhex(run.signature)):
-        raise security.Untrusted(f"the signature of operator {who.name} does not fit the config")
+        what = "config and code" if run.code else "config"
+        raise security.Untrusted(f"the signature of operator {who.name} does not fit the {what}")
     return who
 
 

@@ -21,14 +21,17 @@ import grpc
 from coterie import security
 from coterie.backends import telemetry
 from coterie.backends.network import Hub, NetworkBackend, RunOpened, Server, operators
+from coterie.backends.spans import RunTrace
 from coterie.core import ClientId, Task, Tree, trees
 from coterie.core.errors import ConfigError, CoterieError
 from coterie.core.transforms import encode, update_like
 from coterie.experiment.assemble import Parts
 from coterie.experiment.queue import Queue, Quotas
 from coterie.experiment.records import Progress
+from coterie.experiment.renewal import Current, keep_renewed
 from coterie.storage import Blobs, Ledger
 from coterie.storage.database import Database, Run
+from coterie.storage.register import Register
 
 SPARE = 1 << 20  # bytes that an update may have more than its tensors
 FILES = (
@@ -39,6 +42,11 @@ FILES = (
     "clients.json",
     "model.safetensors",
     "run.log",
+)
+INSECURE = (
+    "--insecure: nothing is encrypted, so whoever is on the way reads and changes models and updates; nobody "
+    "shows a certificate, so whoever reaches this port may be any site or operator; neither configs nor "
+    "replies are signed, and anybody can write a ledger like this one's. For trials on one machine only."
 )
 log = logging.getLogger("coterie")
 
@@ -69,7 +77,8 @@ class Office:
     def __init__(self, options: Options, database: Database) -> None:
         self.options, self.database = options, database
         self.keys = options.keys or options.home
-        self.mine = None if options.insecure else security.credentials(self.keys)
+        self.current = None if options.insecure else Current(self.keys)
+        self.mine = self.current() if self.current else None
         if self.mine is not None and self.mine.identity.role != "server":
             raise ConfigError(
                 f"{self.keys}: the certificate is that of {self.mine.identity}", "a server's is needed"
@@ -79,7 +88,10 @@ class Office:
             options.home / "ledger.jsonl", partial(security.sign, signing), security.public_of(signing)
         )
         folder = options.authority or options.home / "ca"
-        self.authority = security.Authority.open(folder) if (folder / "ca.crt").exists() else None
+        self.register, self.files = Register(database), security.Files(folder)
+        there = (folder / "ca.crt").exists()
+        self.authority = security.Authority.open(folder, self.register) if there else None
+        self.distrusted = (self.authority or self.register).revoked()
         self.loop = asyncio.get_running_loop()
         blobs = Blobs(options.home / "blobs")
         blobs.keep(())  # what runs still need is in their archives
@@ -94,7 +106,7 @@ class Office:
             self.hub,
             authorise=None if self.mine is None else self._site,
             renew=self._renew if self.authority else None,
-            revoked=self.authority.revoked if self.authority else tuple,
+            revoked=self._revoked,
             more=[operators.operator_service(self, self._operator)],
         )
         self.queue = Queue(
@@ -114,30 +126,38 @@ class Office:
         self.clerk = threading.Thread(target=self._keep_ledger, name="ledger", daemon=True)
         self.clerk.start()
         self.latest: dict[str, Progress] = {}
+        self.traces: dict[str, RunTrace] = {}
         self.watchers: dict[str, set[asyncio.Queue[dict[str, Any]]]] = {}
 
     async def open(self, stack: AsyncExitStack) -> int:
         """Listen, and go on with what another server left; return the port."""
-        options, credentials = self.options, None
-        if self.mine is not None:
-            credentials = grpc.dynamic_ssl_server_credentials(
-                _configuration(self.mine), _Rotation(self.keys), require_client_authentication=True
-            )
-        port = await self.door.start(options.listen, credentials)
+        options = self.options
+        if options.insecure:
+            log.warning(INSECURE)
+        port = await self.door.start(options.listen, self.current.door() if self.current else None)
         stack.push_async_callback(self.door.stop)
         if options.enrol:
-            if self.authority is None or self.mine is None:
+            if self.authority is None or self.current is None:
                 raise ConfigError("--enrol needs the authority's folder", "name it with --ca DIR")
             doorstep = grpc.aio.server(options=[("grpc.max_receive_message_length", 1 << 17)])
             doorstep.add_generic_rpc_handlers([operators.enrolment_service(self._enrol)])
-            open_to_all = grpc.ssl_server_credentials([(self.mine.key, self.mine.certificate)])
-            doorstep.add_secure_port(options.enrol, open_to_all)
+            doorstep.add_secure_port(options.enrol, self.current.door(for_all=True))
             await doorstep.start()
             stack.push_async_callback(doorstep.stop, None)
+        if self.authority and self.authority.signs and self.current:
+            renewing = asyncio.ensure_future(keep_renewed(self.keys, self._renew_own))
+            stack.callback(renewing.cancel)
         await asyncio.to_thread(self.queue.start)
         stack.push_async_callback(asyncio.to_thread, self.queue.close)
         self._count()
         return port
+
+    def look(self) -> None:
+        """Close what was opened with certificates that were revoked since, by whomever. From any thread."""
+        now = (self.authority or self.register).revoked()
+        fresh, self.distrusted = now - self.distrusted, now
+        for serial in fresh:
+            self.loop.call_soon_threadsafe(self.hub.revoke, serial)
 
     def close(self) -> None:
         """Write the ledger to its end and let go of it."""
@@ -163,12 +183,18 @@ class Office:
 
     # for operators (operators.Desk)
 
-    def submit(self, who: Any, call: operators.Submit) -> str:
-        """Check the signature, the config and that its sites exist; queue the run."""
-        signed = security.of_config(call.config)
+    def submit(self, who: Any, call: operators.Submit, code: bytes) -> str:
+        """Check the signature, the config, its code and that its sites exist; queue the run."""
+        package = call.code[0] if call.code else ""
+        signed = security.of_config(call.config, package)
         if self.mine is not None and not security.verify(who.signing_key, signed, _unhex(call.signature)):
-            raise ConfigError("submit: the signature does not fit the config", "sign it with your own key")
-        self._refuse(call.config, getattr(who, "name", "anyone"))
+            raise ConfigError(
+                f"submit: the signature does not fit the config{' and code' if code else ''}",
+                "sign it with your own key",
+            )
+        self._refuse(call.config, getattr(who, "name", "anyone"), package)
+        if code:
+            security.members(code)  # refuses what no site would unpack
         sites = sorted(name for name, seat in self.hub.seats.items() if seat.outbox is not None)
         signer = None
         if self.mine is not None:
@@ -183,13 +209,16 @@ class Office:
         rounds, size = (int(asked[name]) if name in asked else None for name in ("rounds", "bytes"))
         quotas = Quotas(rounds, size, asked.get("seconds"))
         run = self.queue.submit(
-            call.config, signer=signer, quotas=quotas, sites=sites, check=lambda parts: placed(parts, sites)
-        )
+            call.config, code=code, signer=signer, quotas=quotas, sites=sites,
+            check=lambda parts: placed(parts, sites),
+        )  # fmt: skip
+        brought = {"code": package, "size": len(code)} if code else {}
         self.note(
             "submitted",
             run=run,
             by=getattr(who, "name", ""),
             config=hashlib.sha256(call.config.encode()).hexdigest(),
+            **brought,
         )
         self._count()
         return run
@@ -226,7 +255,8 @@ class Office:
     def revoke(self, serials: Sequence[str]) -> None:
         """Close at once what was opened with these certificates (serial numbers, hexadecimal)."""
         for serial in serials:
-            self.loop.call_soon_threadsafe(self.hub.revoke, int(serial, 16))
+            (self.authority or self.register).revoke(int(serial, 16))
+        self.look()
         self.note("revoked", serials=list(serials))
 
     async def watch(self, run: str) -> AsyncIterator[dict[str, Any]]:
@@ -258,12 +288,14 @@ class Office:
 
     # the parts' questions
 
-    def _refuse(self, text: str, signer: str) -> None:
-        """The server has a policy too: a config names no code here unless its policy.toml says so."""
+    def _refuse(self, text: str, signer: str, package: str) -> None:
+        """The server has a policy too: a config names and brings no code unless its policy.toml says so."""
         path = self.options.home / "policy.toml"
         policy = security.Policy.load(path) if path.exists() else security.Policy()
         config, digest = _toml(text), hashlib.sha256(text.encode()).hexdigest()
-        job = security.Job(run="", config=config, config_digest=digest, signer=signer)
+        job = security.Job(
+            run="", config=config, config_digest=digest, signer=signer, code_digest=package or None
+        )
         if reason := security.refusal(policy, job):
             raise ConfigError(f"the server refuses: {reason}", f"its policy is {path.name} in its folder")
 
@@ -277,21 +309,26 @@ class Office:
         opening = RunOpened(
             run=run.id, name=run.name, config=run.config, config_digest=run.digest,
             signature=signer.get("signature", ""), signer=signer.get("certificate", ""),
+            code=self.queue.lend(run) if run.code else None,
         )  # fmt: skip
         template = expected(parts)
         limit = trees.nbytes(template) + SPARE
         opened = threading.Event()
 
         def begin() -> None:
+            while run.code and not self.hub.shelf.hold(run.id, run.code):
+                self.queue.lend(run)  # another run that had it has just ended
             self.hub.open(opening, hosts, limit=limit)
             opened.set()
 
         self.loop.call_soon_threadsafe(begin)
         opened.wait()
-        return NetworkBackend(
+        backend = NetworkBackend(
             self.hub, run.id, place_of, replay=replay,
             expected=lambda task: template if task.kind == "train" else {},
         )  # fmt: skip
+        self.traces[run.id] = backend.trace
+        return backend
 
     def _moved(self, run: str, progress: Progress) -> None:
         """From a run's thread."""
@@ -314,6 +351,8 @@ class Office:
             error = self.database.run(run).error
         except CoterieError as lost:
             error = str(lost)
+        if run in self.traces:
+            self.traces.pop(run).end(status)
 
         def tell() -> None:
             if run in self.hub.runs:
@@ -372,9 +411,12 @@ class Office:
     # who is who
 
     def _known(self, pem: bytes, role: str) -> Known:
-        assert self.mine is not None
-        revoked = self.authority.revoked() if self.authority else ()
-        return Known(pem, security.verified(pem, self.mine.ca, role=role, revoked=revoked))
+        assert self.current is not None
+        return Known(pem, security.verified(pem, self.current().ca, role=role, revoked=self._revoked()))
+
+    def _revoked(self) -> frozenset[int]:
+        """Asked for at each message: the authority's folder is as it is now, the database as last seen."""
+        return self.distrusted | self.files.revoked()
 
     def _site(self, pem: bytes) -> Known:
         return self._known(pem, "site")
@@ -391,6 +433,11 @@ class Office:
     def _renew(self, who: Any, request: bytes) -> bytes:
         assert self.authority is not None
         return self.authority.renew(request, who.pem)
+
+    async def _renew_own(self, request: bytes) -> bytes:
+        assert self.authority is not None
+        assert self.current is not None
+        return self.authority.renew(request, self.current().certificate)
 
     def _enrol(self, id: str, secret: str, request: bytes) -> bytes:
         assert self.authority is not None
@@ -424,20 +471,6 @@ class Known:
         return self.identity.signing_key
 
 
-class _Rotation:
-    """Gives gRPC the server's certificate again when its file has changed."""
-
-    def __init__(self, keys: Path) -> None:
-        self.keys, self.seen = keys, (keys / "tls.crt").stat().st_mtime_ns
-
-    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        now = (self.keys / "tls.crt").stat().st_mtime_ns
-        if now == self.seen:
-            return None
-        self.seen = now
-        return _configuration(security.credentials(self.keys))
-
-
 def placed(parts: Parts, sites: Sequence[str]) -> Callable[[ClientId], str]:
     """Which site hosts a client: its own where the data lies at sites, else they are dealt out in turn.
 
@@ -456,12 +489,12 @@ def placed(parts: Parts, sites: Sequence[str]) -> Callable[[ClientId], str]:
 
 
 def expected(parts: Parts) -> Tree:
-    """An update as every client must send it: its names, shapes and dtypes."""
+    """An update as every client must send it: its names, shapes and dtypes, on the meta device."""
     algorithm = parts.algorithm
     state = algorithm.init(parts.initial)
     like = trees.map_tree(lambda leaf: leaf.unsqueeze(0), update_like(algorithm, state))
     made = encode(algorithm.transforms, like, [Task(0, "", 0, 0, algorithm.broadcast(state))])
-    return trees.map_tree(lambda leaf: leaf[0], made)
+    return trees.map_tree(lambda leaf: leaf[0].to("meta"), made)
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -473,10 +506,6 @@ def _toml(text: str) -> dict[str, Any]:
 
 def _moment(progress: Progress) -> dict[str, Any]:
     return {**asdict(progress), "folder": str(progress.folder)}
-
-
-def _configuration(mine: security.Credentials) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration([(mine.key, mine.certificate)], mine.ca)
 
 
 def _signed_by(who: Any, data: bytes, signature: str) -> bool:

@@ -14,7 +14,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -22,12 +22,15 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from coterie.core import ConfigError, CoterieError, Fenced, Interrupted, RunError
+from coterie.experiment import code as unpacked
 from coterie.experiment.assemble import Parts, assemble, resolved
+from coterie.experiment.away import Away
+from coterie.experiment.code import Environment
 from coterie.experiment.config import Config, load
 from coterie.experiment.records import Progress
 from coterie.experiment.run import Session, logged
 from coterie.experiment.served import Carrier, Served
-from coterie.storage import Blobs, RunFolder
+from coterie.storage import Blob, Blobs, RunFolder, write_atomic
 from coterie.storage.archive import Archive
 from coterie.storage.database import Database, Run
 from coterie.storage.files import make_folder
@@ -82,9 +85,11 @@ class Queue:
         self.asked: dict[str, CoterieError] = {}  # how a run that has no place yet is to end
         self.unwritten: dict[str, tuple[str, str]] = {}  # how runs ended, when the database could not be told
         self.closing = False
+        self.unpacking = threading.Lock()
 
     def start(self) -> None:
         """Go on with all that a server left here before."""
+        unpacked.tidy(self.folder / "code")
         with self.changed:
             for run in self.database.runs("running", "interrupted"):
                 self.database.set_status(run.id, "queued")
@@ -94,6 +99,7 @@ class Queue:
         self,
         config: str,
         *,
+        code: bytes = b"",
         signer: str | None = None,
         quotas: Quotas = UNLIMITED,
         sites: Sequence[str] = (),
@@ -101,32 +107,52 @@ class Queue:
     ) -> str:
         """Queue a run of this config (TOML); its id. sites: who takes part. check: may refuse its parts too.
 
-        Raises ConfigError or DataError, before anything is written, when the config cannot work or asks for
-        more than the quotas (the stricter of these and the server's).
+        code: the package that travels with it. Raises ConfigError or DataError, and nothing is queued, when
+        the config cannot work or asks for more than the quotas (the stricter of these and the server's).
         """
-        parts = self._assembled(config)
-        check(parts)
-        resolved(parts.config)  # refuses what could not be written down
+        name, package = _config(config).name, hashlib.sha256(code).hexdigest() if code else ""
+        id = f"{name}-{secrets.token_hex(4)}"
+        try:
+            if code:
+                archive = self._archive(id)
+                write_atomic(archive.blobs.path(package), code)
+                archive.adopt(archive.blobs.path(package))
+            with self._assembled(config, id, package) as parts:
+                check(parts)
+                resolved(parts.config)  # refuses what could not be written down
+                quotas = self._allowed(quotas, parts.schedule.rounds)
+        except BaseException:
+            if code:
+                self._archive(id).remove()
+            raise
+        digest = hashlib.sha256(config.encode()).hexdigest()
+        folder, now = str(self.folder / "runs" / id), time.time()
+        asked, places = quotas._asdict(), tuple(sites)
+        run = Run(id, name, config, digest, signer, "queued", "", now, folder, asked, places, package)
+        with self.changed:
+            self.database.add_run(run)
+            self._fill()
+        return id
+
+    def lend(self, run: Run) -> Blob:
+        """Put the package of a run where sites fetch it."""
+        archive = self._archive(run.id)
+        archive.lend(run.code, self.updates)
+        return Blob(run.code, archive.blobs.path(run.code).stat().st_size)
+
+    def _allowed(self, quotas: Quotas, rounds: int) -> Quotas:
         allowed = self.quotas
         quotas = Quotas(
             _stricter(quotas.rounds, allowed.rounds),
             _stricter(quotas.bytes, allowed.bytes),
             _stricter(quotas.seconds, allowed.seconds),
         )
-        if quotas.rounds is not None and parts.schedule.rounds > quotas.rounds:
+        if quotas.rounds is not None and rounds > quotas.rounds:
             raise ConfigError(
-                f"schedule.rounds = {parts.schedule.rounds}: this server allows {quotas.rounds}",
+                f"schedule.rounds = {rounds}: this server allows {quotas.rounds}",
                 "ask for fewer rounds, or the operator for more",
             )
-        id = f"{parts.config.name}-{secrets.token_hex(4)}"
-        digest = hashlib.sha256(config.encode()).hexdigest()
-        folder, name = str(self.folder / "runs" / id), parts.config.name
-        asked, now = quotas._asdict(), time.time()
-        run = Run(id, name, config, digest, signer, "queued", "", now, folder, asked, tuple(sites))
-        with self.changed:
-            self.database.add_run(run)
-            self._fill()
-        return id
+        return quotas
 
     def stop(self, id: str) -> None:
         """Stop a run, which can be resumed. Raises ConfigError when it has ended already."""
@@ -241,7 +267,11 @@ class Queue:
             self.ended(run.id, status)
 
     def _run(self, run: Run) -> None:
-        parts, folder = self._assembled(run.config), RunFolder(Path(run.folder))
+        with self._assembled(run.config, run.id, run.code) as parts:
+            self._session(run, parts)
+
+    def _session(self, run: Run, parts: Parts) -> None:
+        folder = RunFolder(Path(run.folder))
         torch.set_num_threads(parts.config.run["threads"])
         make_folder(folder.path)
         place = Served(
@@ -252,6 +282,7 @@ class Queue:
             self._archive(run.id),
             self.updates,
             lambda replay: self.connect(run, parts, replay),
+            run.code,
         )
         with folder.lock(wait=True), logged(folder.log, threading.get_ident()):
             with self.changed:
@@ -280,8 +311,25 @@ class Queue:
         self.database.set_status(run.id, "finished")
         place.tidy()
 
-    def _assembled(self, text: str) -> Parts:
-        return assemble(replace(_config(text), folder=self.code), data_dir=self.data_dir)
+    @contextmanager
+    def _assembled(self, text: str, id: str, package: str) -> Iterator[Parts]:
+        """The parts of a config; what its package brings is in a process of its own."""
+        config = replace(_config(text), folder=self.code)
+        if not package:
+            yield assemble(config, data_dir=self.data_dir)
+            return
+        with Away(config, self._unpacked(id, package), self.folder / "code", self.data_dir) as model:
+            yield assemble(config, data_dir=self.data_dir, away=model)
+
+    def _unpacked(self, id: str, package: str) -> Environment:
+        folder = self.folder / "code"
+        with self.unpacking:
+            if ready := unpacked.prepared(folder, package):
+                return ready
+            archive = self._archive(id)
+            archive.lend(package, archive.blobs)  # fetches what is at home only
+            used = [run.code for run in self.database.runs(*GOES_ON)]
+            return unpacked.prepare(folder, archive.blobs.path(package), used)
 
     def _archive(self, id: str) -> Archive:
         return Archive(self.folder / "blobs" / id, None if self.home is None else f"{self.home}/{id}")

@@ -5,6 +5,7 @@ Everything it starts ends with it, however it ends: each process is tied to its 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import queue
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 from coterie import security
 from coterie.backends.network import operators
 from coterie.core.errors import ConfigError, Interrupted, RunError
+from coterie.experiment.code import gathered
 from coterie.experiment.config import Config, to_toml
 from coterie.experiment.records import Progress
 from coterie.storage.files import make_folder
@@ -47,7 +49,8 @@ def quickstart(
     home = out / "deployment"
     make_folder(home)
     names = [f"site-{number}" for number in range(1, sites + 1)]
-    set_up(home, names, config.folder)
+    package = gathered(config) or b""
+    set_up(home, names, config.folder, package)
     code = str(config.folder.absolute())
     with ExitStack() as stack:
         server = stack.enter_context(
@@ -60,16 +63,16 @@ def quickstart(
         ]
         for site in started:
             site.hear("is connected")
-        folder = _run(config, home / "operator", address, watch)
+        folder = _run(config, package, home / "operator", address, watch)
     for path in list(folder.iterdir()):
         shutil.move(path, out / path.name)
 
 
-def _run(config: Config, keys: Path, address: str, watch: Callable[[Progress], None]) -> Path:
+def _run(config: Config, package: bytes, keys: Path, address: str, watch: Callable[[Progress], None]) -> Path:
     """Submit the config and wait for its end; return the run's folder."""
     mine = security.credentials(keys)
     with operators.reached([address], operators.credentials(mine), PATIENCE) as channel:
-        run = operators.submit(channel, to_toml(config), mine)
+        run = operators.submit(channel, to_toml(config), mine, code=package)
         ended: dict[str, Any] = {}
         for told in operators.stream(channel, "Watch", operators.Which(run=run)):
             if "status" in told:
@@ -83,8 +86,11 @@ def _run(config: Config, keys: Path, address: str, watch: Callable[[Progress], N
     return Path(line["folder"])
 
 
-def set_up(home: Path, names: list[str], code: Path) -> None:
-    """An authority for a day, and everybody's keys. Sites may use the code beside the config."""
+def set_up(home: Path, names: list[str], code: Path, package: bytes = b"") -> None:
+    """An authority for a day, and everybody's keys.
+
+    Configs may name what is installed and lies in the folder `code`, and bring this package.
+    """
     authority = security.Authority.create(home / "ca", "a trial")
 
     def party(folder: Path, role: Any, name: str, *hosts: str) -> None:
@@ -92,11 +98,14 @@ def set_up(home: Path, names: list[str], code: Path) -> None:
         security.install(folder, pem, authority.certificate)
 
     party(home / "server", "server", "server", HERE, "localhost")
-    (home / "server" / "policy.toml").write_text('modules = ["*"]\n')
+    policy = 'modules = ["*"]\n'
+    if package:
+        policy += f'code = ["{hashlib.sha256(package).hexdigest()}"]\n'
+    (home / "server" / "policy.toml").write_text(policy)
     party(home / "operator", "operator", "operator")
     for name in names:
         party(home / name, "site", name)
-        (home / name / "policy.toml").write_text('modules = ["*"]\ntracebacks = "full"\n')
+        (home / name / "policy.toml").write_text(policy + 'tracebacks = "full"\n')
         (home / name / "site.toml").write_text(f"code = {str(code.absolute())!r}\n")
 
 

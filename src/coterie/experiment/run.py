@@ -34,6 +34,7 @@ from coterie.core import (
 from coterie.data import Dataset, describe, spread
 from coterie.experiment import baselines
 from coterie.experiment.assemble import Parts, assemble, resolved
+from coterie.experiment.away import Away
 from coterie.experiment.config import Config, load
 from coterie.experiment.numbers import worst_decile
 from coterie.experiment.place import Here, Kept, Place
@@ -256,10 +257,11 @@ class Session:
     def _baselines(self) -> dict[str, Any]:
         wanted, samples = self.parts.config.compare, self.totals["samples"]
         made: dict[str, Any] = {}
-        if "centralised" in wanted:
-            made["centralised"] = baselines.centralised(self.parts, samples, self.rounds, self._note)
-        if "local_only" in wanted:
-            made["local_only"] = baselines.local_only(self.parts, samples, self._note)
+        away = self.parts.problem if isinstance(self.parts.problem, Away) else None
+        for name, train in baselines.BASELINES.items():
+            if name in wanted:
+                given = (samples, self.rounds, self._note)
+                made[name] = away.baseline(name, *given) if away else train(self.parts, *given)
         return made
 
     def _finish(

@@ -32,6 +32,7 @@ from coterie.core import (
     unfolded,
 )
 from coterie.experiment.assemble import Parts
+from coterie.experiment.away import Away
 from coterie.experiment.place import Kept, OnCommit, OnEvent, Row
 from coterie.storage import Blobs, RunFolder
 from coterie.storage.archive import Archive
@@ -68,7 +69,7 @@ class Served:
     """The place of one run of the database's; for one thread, but for `end`.
 
     archive: what its rows name. updates: the folder in which the carrier finds replies' tensors. carrier:
-    makes it, from the log.
+    makes it, from the log. code: digest of the package that the archive keeps for the run, too.
     """
 
     def __init__(
@@ -80,9 +81,11 @@ class Served:
         archive: Archive,
         updates: Blobs,
         carrier: Callable[[Iterator[tuple[float, str]]], Carrier],
+        code: str = "",
     ) -> None:
         self.parts, self.folder, self.database, self.run = parts, folder, database, run
         self.archive, self.updates, self.make = archive, updates, carrier
+        self.code = code
         self.carrier: Carrier
         self.replayed = 0  # events still to come that are in the log already
         self.asked, self.busy = 0, 0.0
@@ -135,6 +138,8 @@ class Served:
     def end(self, error: CoterieError) -> None:
         """Make the run end with this error, wherever it waits. From any thread; the first one counts."""
         self.ending = self.ending or error
+        if isinstance(self.parts.problem, Away):
+            self.parts.problem.end(self.ending)
         loop, work = self._loop, self._work
         if loop is not None and work is not None:
             with suppress(RuntimeError):  # it has ended just now
@@ -215,7 +220,7 @@ class Served:
         """Drop the blobs that no row names any more."""
         named = {blob.digest for _, blob in self.database.commits(self.run)}
         logged = self.database.events(self.run)
-        self.archive.keep(named.union(each.blob.digest for each in logged if each.blob))
+        self.archive.keep(named.union((self.code,), (each.blob.digest for each in logged if each.blob)))
 
 
 def _flying(resume: Tree) -> list[int]:

@@ -47,7 +47,7 @@ async def serve(options: Options, ready: Callable[[str], None] = lambda said: No
         office = Office(options, database)
         stack.callback(office.close)
         port = await office.open(stack)
-        renewing = asyncio.ensure_future(_renewing(database, told))
+        renewing = asyncio.ensure_future(_renewing(database, office.look, told))
         stack.callback(renewing.cancel)
         why[0] = ""
         ready(f"listening on {options.listen.rpartition(':')[0]}:{port}")
@@ -63,11 +63,12 @@ async def _leased(database: Database, holder: str, told: asyncio.Future[None]) -
     return False
 
 
-async def _renewing(database: Database, told: asyncio.Future[None]) -> None:
+async def _renewing(database: Database, look: Callable[[], None], told: asyncio.Future[None]) -> None:
     try:
         while True:
             await asyncio.sleep(LEASE / 3)
             await asyncio.to_thread(database.renew, LEASE)
+            await asyncio.to_thread(look)
     except CoterieError as error:
         if not told.done():
             told.set_exception(error)

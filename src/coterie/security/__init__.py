@@ -1,8 +1,8 @@
 """Who is who, and what a site allows: certificates, enrolment, signatures, policy. Needs no torch.
 
 Read `pki` first (an authority and a party are folders), then `certificates` (how a certificate names a
-party), `enrolment` (how a site gets its first one), `signing` and `policy`. Sockets do not live here, nor
-the process that runs a site's work; the ledger of what left is `storage.ledger`.
+party), `enrolment` (how a site gets its first one), `signing`, `policy` and `packages` (code that travels).
+Sockets do not live here, nor the process that runs a site's work; the ledger is `storage.ledger`.
 """
 
 from coterie.errors import ConfigError
@@ -16,6 +16,7 @@ from coterie.security.certificates import (
     Identity,
     Role,
     Untrusted,
+    expiry,
     hosts_of,
     identity_of,
     read_request,
@@ -23,6 +24,7 @@ from coterie.security.certificates import (
     verified,
 )
 from coterie.security.enrolment import Record, Token, make, redeem
+from coterie.security.packages import Unsafe, members, pack, package, unpack, wheel_name
 from coterie.security.pki import (
     Authority,
     Credentials,
@@ -35,11 +37,13 @@ from coterie.security.pki import (
     request_of,
 )
 from coterie.security.policy import Job, Limits, Policy, Privacy, allowed_metrics, redacted, refusal
+from coterie.security.register import Both, Files
 from coterie.security.signing import canonical, of_config, public_of, sign, verify
 
 __all__ = [
-    "Authority", "Credentials", "Identity", "Issued", "Job", "Limits", "Policy", "Privacy", "Record", "Role",
-    "Token", "Untrusted", "allowed_metrics", "canonical", "credentials", "hosts_of", "identity_of", "install",
-    "load_signing_key", "make", "new_key", "of_config", "public_of", "read_request", "redacted", "redeem",
-    "refusal", "renew_at", "renewal", "request_of", "sign", "verified", "verify",
+    "Authority", "Both", "Credentials", "Files", "Identity", "Issued", "Job", "Limits", "Policy",
+    "Privacy", "Record", "Role", "Token", "Unsafe", "Untrusted", "allowed_metrics", "canonical",
+    "credentials", "expiry", "hosts_of", "identity_of", "install", "load_signing_key", "make", "members",
+    "new_key", "of_config", "pack", "package", "public_of", "read_request", "redacted", "redeem",
+    "refusal", "renew_at", "renewal", "request_of", "sign", "unpack", "verified", "verify", "wheel_name",
 ]  # fmt: skip

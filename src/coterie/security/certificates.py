@@ -284,6 +284,11 @@ def renew_at(cert_pem: bytes) -> datetime:
     return start + (end - start) * 2 / 3
 
 
+def expiry(cert_pem: bytes) -> datetime:
+    """When a certificate ends. Raises Untrusted."""
+    return read_certificates(cert_pem)[0].not_valid_after_utc
+
+
 def _identity(certificate: x509.Certificate) -> Identity:
     claim = _claim(certificate.extensions)
     if claim is None:

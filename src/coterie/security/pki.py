@@ -1,6 +1,6 @@
 """Keys and certificates in folders: an authority's, and a party's.
 
-    authority:  ca.key  ca.crt  issued/ROLE/NAME/SERIAL.crt  revoked/SERIAL  tokens/ID.json, ID.used
+    authority:  ca.key  ca.crt  and what it remembers (`register`)
     party:      tls.key  tls.crt  ca.crt  signing.key  (and tls.key.new while its next certificate is made)
 
 Serial numbers are written in hexadecimal. Every file is written whole or not at all, and several processes
@@ -9,7 +9,6 @@ may use a folder at once. An authority folder without ca.key stands for an exter
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -29,6 +28,7 @@ from coterie.security import certificates as certs
 from coterie.security import enrolment, signing
 from coterie.security.certificates import Identity, Role, Untrusted, identity_of, read_certificates
 from coterie.security.files import make_folder, read_bytes, write_new, write_over
+from coterie.security.register import Both, Files, Register
 
 _SERIAL = re.compile(r"[0-9a-f]{1,40}")
 _PARTY = ("tls.key", "tls.crt", "signing.key")
@@ -52,6 +52,7 @@ class Authority:
     folder: Path
     certificate: bytes  # PEM; of an external authority perhaps several
     _key: ec.EllipticCurvePrivateKey | None = field(repr=False)
+    register: Register
 
     @classmethod
     def create(cls, folder: Path, name: str = "Coterie", *, now: datetime | None = None) -> Self:
@@ -62,7 +63,7 @@ class Authority:
         make_folder(folder)
         write_new(folder / "ca.key", key.private_bytes(*_PRIVATE))
         write_new(folder / "ca.crt", pem, mode=0o644)
-        return cls(folder, pem, key)
+        return cls(folder, pem, key, Files(folder))
 
     @classmethod
     def adopt(cls, folder: Path, ca_pem: bytes) -> Self:
@@ -74,11 +75,14 @@ class Authority:
         _refuse(folder, "ca.crt", "ca.key")
         make_folder(folder)
         write_new(folder / "ca.crt", ca_pem, mode=0o644)
-        return cls(folder, ca_pem, None)
+        return cls(folder, ca_pem, None, Files(folder))
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
-        """The authority in a folder. Raises ConfigError when there is none or its files are damaged."""
+    def open(cls, folder: Path, shared: Register | None = None) -> Self:
+        """The authority in a folder. Raises ConfigError when there is none or its files are damaged.
+
+        shared: where it remembers besides, with other servers and commands (`storage.register`).
+        """
         if not (folder / "ca.crt").is_file():
             raise ConfigError(f"{folder}: no certificate authority here", f"coterie pki init {folder}")
         pem = read_bytes(folder / "ca.crt")
@@ -86,7 +90,21 @@ class Authority:
         key = _load_tls_key(path) if path.exists() else None
         if key is not None and not _fits(key, pem):
             raise ConfigError(f"{path}: this is not the key of ca.crt", "restore both from the same copy")
-        return cls(folder, pem, key)
+        if shared is None:
+            return cls(folder, pem, key, Files(folder))
+        both = Both(Files(folder), shared)
+        both.share()
+        return cls(folder, pem, key, both)
+
+    @classmethod
+    def elsewhere(cls, shared: Register) -> Self:
+        """An authority of which only what it remembers is here; one can list and revoke."""
+        return cls(Path(), b"", None, shared)
+
+    @property
+    def signs(self) -> bool:
+        """Is its key here?"""
+        return self._key is not None
 
     def issue(
         self,
@@ -130,8 +148,8 @@ class Authority:
         the old one is revoked or of another authority, or the signing key changes.
         """
         old = identity_of(old_pem)
-        kept = self.folder / "issued" / old.role / old.name / f"{old.serial:x}.crt"
-        if not kept.exists() or read_certificates(read_bytes(kept))[0] != read_certificates(old_pem)[0]:
+        kept = self.register.certificates(old.role, old.name)
+        if read_certificates(old_pem)[0] not in (read_certificates(pem)[0] for pem in kept):
             raise Untrusted(f"the certificate of {old} was not signed by this authority")
         if old.serial in self.revoked():
             raise Untrusted(f"the certificate of {old} is revoked (serial {old.serial:x})")
@@ -143,8 +161,7 @@ class Authority:
         """Make a one-time enrolment token for a site and keep its record. Raises ConfigError."""
         self._signer()
         token, record = enrolment.make(site, tuple(servers), self.certificate, now=time.time(), hours=hours)
-        make_folder(self.folder / "tokens")
-        write_new(self.folder / "tokens" / f"{record.id}.json", record.model_dump_json().encode())
+        self.register.add_token(record.id, record.model_dump_json())
         return token
 
     def enrol(self, id: str, secret: str, csr_pem: bytes) -> bytes:
@@ -152,35 +169,28 @@ class Authority:
         record = enrolment.redeem(self._record(id), secret, csr_pem, now=time.time())
         pem = self._sign(csr_pem, "site", record.site, (), certs.LEAF_DAYS, None)
         assert record.used
-        try:
-            write_new(self.folder / "tokens" / f"{id}.used", record.used.encode())
-        except ConfigError:  # redeemed before, or by another request at this moment
+        unused = record.model_copy(update={"used": None}).model_dump_json()
+        if self.register.use_token(id, unused, record.used) != record.used:  # by another at this moment
             enrolment.redeem(self._record(id), secret, csr_pem, now=time.time())
         self._keep(pem)
         return pem
 
     def revoke(self, serial: int) -> None:
         """Trust a certificate no more, from now on and for good; also one of an external authority."""
-        make_folder(self.folder / "revoked")
-        write_over(self.folder / "revoked" / f"{serial:x}", b"")
+        self.register.revoke(serial)
 
     def revoked(self) -> frozenset[int]:
-        """The serial numbers of all revoked certificates; lists one folder, so call it at each handshake."""
-        folder = self.folder / "revoked"
-        names = os.listdir(folder) if folder.exists() else ()  # noqa: PTH208, Paths would cost more than the listing
-        return frozenset(int(name, 16) for name in names if _SERIAL.fullmatch(name))
+        """The serial numbers of all revoked certificates."""
+        return self.register.revoked()
 
-    def issued(self, role: str = "*", name: str = "*") -> Iterator[Issued]:
+    def issued(self, role: str | None = None, name: str | None = None) -> Iterator[Issued]:
         """The certificates signed so far, by role and name; the newest of a party last."""
-        revoked = self.revoked()
-        for folder in sorted((self.folder / "issued").glob(f"{role}/{name}")):
-            found = []
-            for path in folder.glob("*.crt"):
-                pem = read_bytes(path)
-                certificate = read_certificates(pem)[0]
-                who, end = identity_of(pem), certificate.not_valid_after_utc
-                found.append((certificate.not_valid_before_utc, Issued(who, end, who.serial in revoked, pem)))
-            yield from (each for _, each in sorted(found, key=lambda item: item[0]))
+        revoked, found = self.revoked(), []
+        for pem in self.register.certificates(role, name):
+            who, dates = identity_of(pem), read_certificates(pem)[0]
+            each = Issued(who, dates.not_valid_after_utc, who.serial in revoked, pem)
+            found.append(((who.role, who.name, dates.not_valid_before_utc), each))
+        yield from (each for _, each in sorted(found, key=lambda item: item[0]))
 
     def find(self, which: str) -> list[int]:
         """The serial numbers, of certificates still in use, that a name, ROLE/NAME or serial number means.
@@ -222,9 +232,7 @@ class Authority:
 
     def _keep(self, pem: bytes) -> None:
         who = identity_of(pem)
-        folder = self.folder / "issued" / who.role / who.name
-        make_folder(folder)
-        write_new(folder / f"{who.serial:x}.crt", pem, mode=0o644)
+        self.register.keep(who.serial, who.role, who.name, pem)
 
     def _signer(self) -> ec.EllipticCurvePrivateKey:
         if self._key is None:
@@ -235,15 +243,13 @@ class Authority:
         return self._key
 
     def _record(self, id: str) -> enrolment.Record | None:
-        path = self.folder / "tokens" / f"{id}.json"
-        if not re.fullmatch(r"[0-9a-f]{16}", id) or not path.exists():
+        if (found := self.register.token(id)) is None:
             return None
-        used = path.with_suffix(".used")
         try:
-            record = enrolment.Record.model_validate_json(read_bytes(path), strict=True)
+            record = enrolment.Record.model_validate_json(found[0], strict=True)
         except ValidationError:
-            raise ConfigError(f"{path}: damaged", "remove it and make a new token") from None
-        return record.model_copy(update={"used": read_bytes(used).decode() if used.exists() else None})
+            raise ConfigError(f"token {id}: its record is damaged", "make a new token") from None
+        return record.model_copy(update={"used": found[1]})
 
 
 @dataclass(frozen=True, slots=True)

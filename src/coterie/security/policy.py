@@ -5,7 +5,7 @@ measures anything: `refusal`, `allowed_metrics` and `redacted` judge, the site a
 
     signers     any operator that is enrolled here
     configs     any that such an operator signed
-    code        none travels ("never")
+    code        none travels ("never"); else what such an operator signed ("signed"), or packages' digests
     modules     a config may name no code of this machine ("package.module:Name", "file.py:Name")
     datasets, metrics, privacy, limits   no restriction
     tracebacks  the type of an exception, without its message
@@ -32,6 +32,10 @@ from coterie.security.files import read_text
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True)
 _CODE = re.compile(r".+:[^\W\d]\w*|.+\.py(:.*)?", re.DOTALL)  # package.module:Name, file.py:Name
 _TIME = r"([01]\d|2[0-3]):([0-5]\d)"
+_BROUGHT = (
+    "model.kind",
+    "backend.trainer.fit",
+)  # what names code of the package, when one travels with the run
 _EXCEPTION = re.compile(r"([A-Za-z_]\w*\.)*([A-Za-z_]\w*)(?=:|$)")
 
 _Glob = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
@@ -39,6 +43,7 @@ _Digest = Annotated[str, StringConstraints(pattern=r"^(sha256:)?[0-9a-f]{64}$")]
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _Signer = Annotated[str, StringConstraints(pattern=rf"^(ed25519:[0-9a-f]{{64}}|{_NAME})$")]
 _Window = Annotated[str, StringConstraints(pattern=rf"^{_TIME}-({_TIME}|24:00)$")]
+_Gpu = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{1,100})$")]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -57,6 +62,8 @@ class Limits(BaseModel):
     model_config = _FROZEN
     cpu: _Positive | None = None  # cores
     gpu: Annotated[int, Field(ge=0)] | None = None  # how many
+    gpus: tuple[_Gpu, ...] | None = None  # which, as CUDA_VISIBLE_DEVICES names them
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] | None = None  # share of each GPU's
     memory: _Positive | None = None  # GB
     bandwidth: _Positive | None = None  # MB/s
     hours: tuple[_Window, ...] | None = None  # "22:00-06:00", local time
@@ -68,7 +75,7 @@ class Policy(BaseModel):
     model_config = _FROZEN
     signers: tuple[_Signer, ...] | None = None  # operators' names, or "ed25519:" and a public key
     configs: tuple[_Digest, ...] | None = None
-    code: Literal["never"] | tuple[_Digest, ...] = "never"
+    code: Literal["never", "signed"] | tuple[_Digest, ...] = "never"
     modules: tuple[_Glob, ...] = ()
     datasets: tuple[_Glob, ...] | None = None
     metrics: tuple[_Glob, ...] | None = None
@@ -160,10 +167,10 @@ def _refusals(policy: Policy, job: Job, now: datetime | None) -> Iterator[str]:
         yield f"policy configs: {_hex(job.config_digest)[:12]} is not among the configs that may run here"
     if job.code_digest is not None and policy.code == "never":
         yield "policy code: no code may travel here; use what is installed, or ask the site to list it"
-    elif job.code_digest is not None and _hex(job.code_digest) not in map(_hex, policy.code):
+    elif job.code_digest and policy.code != "signed" and _hex(job.code_digest) not in map(_hex, policy.code):
         yield f"policy code: the package {_hex(job.code_digest)[:12]} is not among those that may run here"
     for where, spec in _code_named(job.config):
-        if not _matches(spec, policy.modules):
+        if not _matches(spec, policy.modules) and not (job.code_digest and where in _BROUGHT):
             yield f"policy modules: {where} = {spec[:80]!r} names code; {_or(policy.modules)} may be named"
     for name in job.datasets:
         if not _matches(name, policy.datasets):

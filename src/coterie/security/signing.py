@@ -45,9 +45,12 @@ def canonical(purpose: str, record: Mapping[str, Any]) -> bytes:
     return f"coterie/1 {purpose}\0".encode() + text
 
 
-def of_config(text: str) -> bytes:
-    """What an operator signs of a run: its config, byte for byte (TOML)."""
-    return canonical("config", {"config": text})
+def of_config(text: str, code: str = "") -> bytes:
+    """What an operator signs of a run: its config, byte for byte (TOML), and the SHA-256 of its code.
+
+    So a signature for one config and package fits no other pair, nor the config alone.
+    """
+    return canonical("config", {"config": text, "code": code} if code else {"config": text})
 
 
 def _check_keys(value: Any) -> None:

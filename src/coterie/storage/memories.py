@@ -186,7 +186,8 @@ class Memories:
             self._file = None
 
     def _spill(self) -> None:
-        fresh = list(self._pending)
+        here = "select 1 from generations where client = ? and generation = ?"  # accepted, and done once more
+        fresh = [slot for slot in self._pending if not self._rows(here, slot)]
         with self._transaction() as file:
             self._insert(file, fresh, None)
         self._spilled.update(fresh)

@@ -20,6 +20,7 @@ runs = Table(
     Column("folder", Text, nullable=False),
     Column("quotas", Text, nullable=False),  # JSON
     Column("sites", Text, nullable=False),  # JSON: who takes part
+    Column("code", Text, nullable=False, server_default=""),  # SHA-256 of the package that travels with it
 )
 events = Table(  # the write-ahead log: what a run's plan was told since its last commit
     "events",
@@ -58,4 +59,20 @@ lease = Table(
     Column("epoch", BigInteger, nullable=False),  # grows with every holder; writes of an older one fail
     Column("holder", Text),
     Column("expires", Float, nullable=False),
+)
+certificates = Table(  # these three are of `register`, whose writers need no lease
+    "certificates",
+    metadata,
+    Column("serial", Text, primary_key=True),  # hexadecimal, as everywhere
+    Column("role", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("pem", Text, nullable=False),
+)
+revocations = Table("revocations", metadata, Column("serial", Text, primary_key=True))
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("record", Text, nullable=False),  # JSON, with a hash of the secret
+    Column("used", Text),  # for which key; null: not yet
 )

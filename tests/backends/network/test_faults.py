@@ -1,6 +1,7 @@
 """One server, sites that fail in every way, and peers that lie."""
 
 import asyncio
+import hashlib
 import signal
 import subprocess
 import sys
@@ -173,8 +174,8 @@ def test_a_blob_is_sent_once_to_each_site_and_freed_when_nothing_needs_it(tmp_pa
 def test_a_corrupt_chunk_is_refused_and_sent_again(tmp_path, monkeypatch, caplog, way):
     packed, harm = chunks.packed, [2 * MB]
 
-    def harmed(offset, data, **more):
-        frame = packed(offset, data, **more)
+    def harmed(offset, data, known, **more):
+        frame = packed(offset, data, known, **more)
         if offset in harm:
             harm.remove(offset)
             return frame[:-1] + bytes([frame[-1] ^ 1])
@@ -548,7 +549,7 @@ def test_answers_that_are_replayed_of_others_or_of_nothing_change_nothing(tmp_pa
             await heard(mallory, messages.Assign)
             (tmp_path / "x").mkdir()
             blob = Blobs(tmp_path / "x").write({"w": torch.ones(3)})
-            frames = [chunks.packed(0, (tmp_path / "x" / blob.digest).read_bytes())]
+            frames = [chunks.packed(0, (tmp_path / "x" / blob.digest).read_bytes(), hashlib.sha256())]
             with pytest.raises(grpc.aio.AioRpcError, match="nobody waits for task 1"):
                 await put(mine, Offer(run="run-1", id=1, up=blob), [])
             assert await put(mine, Offer(run="run-1", id=0, up=blob), frames) == (0, blob.size)
@@ -729,10 +730,11 @@ def test_a_certificate_is_renewed_over_the_connection(tmp_path):
 
         async with serving(tmp_path / "hub", server={"renew": renew}) as (_, port):
             link = link_of("a", port, tmp_path / "a", Waits())
-            with pytest.raises(Exception, match="cannot be reached"):
-                await link.renew(b"csr")
+            early = asyncio.ensure_future(link.renew(b"csr"))  # waits until there is a connection
             async with linked(link):
-                await link.tell.until("connected")
+                assert await early == b"a: csr"
+                link.reconnect("a new certificate")
+                await link.tell.until("connected", 2)
                 assert await link.renew(b"csr") == b"a: csr"
                 with pytest.raises(Refused, match="no signing request"):
                     await link.renew(b"bad")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from coterie.backends import spans
 from coterie.backends.network.hub import Hub
 from coterie.backends.network.messages import ROWS, Answered, Assign, Failed, Rang, line, parse
 from coterie.core import trees
@@ -51,6 +52,7 @@ class NetworkBackend:
     ) -> None:
         self.hub, self.run, self.place_of, self.expected = hub, run, place_of, expected
         self.now = time.time() if clock is None else clock
+        self.trace = spans.RunTrace(run)  # for who made this to end
         self.last: Record  # what the last event is logged as
         self._replay = iter(replay)
         self._next = next(self._replay, None)
@@ -78,6 +80,7 @@ class NetworkBackend:
                 if isinstance(timer, asyncio.TimerHandle):
                     timer.cancel()
                 if self._waiting.pop(action.id, None):
+                    self.trace.came(action.id, "cancelled")
                     cancelled.append(action.id)
         if cancelled:
             self._tell(self.hub.drop, self.run, cancelled)
@@ -107,6 +110,7 @@ class NetworkBackend:
     def accepted(self, version: int, accepted: Mapping[ClientId, int], flying: Sequence[int]) -> None:
         """The commit is durable: the sites are told, and the replies in it are let go of."""
         self._tell(self.hub.accepted, self.run, version, dict(accepted), list(flying))
+        self.trace.committed()
         for digest in self._ups:
             self.hub.shelf.release(self.run, digest)
         self._ups.clear()
@@ -126,14 +130,18 @@ class NetworkBackend:
         self._unsent.clear()
         for (site, *_), tasks in groups.items():
             for start in range(0, len(tasks), ROWS):
-                self._tell(self.hub.assign, site, self._assign(tasks[start : start + ROWS]), self._heard)
+                self._tell(
+                    self.hub.assign, site, self._assign(site, tasks[start : start + ROWS]), self._heard
+                )
 
-    def _assign(self, tasks: Sequence[Task]) -> Assign:
-        first = tasks[0]
+    def _assign(self, site: str, tasks: Sequence[Task]) -> Assign:
+        first, down = tasks[0], self._blob(tasks[0].down)
+        clients = {task.id: task.client for task in tasks}
         return Assign(
             run=self.run, kind=first.kind, version=first.version, round=first.round,
-            config=dict(first.config), down=self._blob(first.down),
+            config=dict(first.config), down=down,
             tasks=[(task.id, task.client, task.memory, task.thread) for task in tasks],
+            trace=self.trace.sent(first.round, clients, site=site, kind=first.kind, bytes_down=down.size),
         )  # fmt: skip
 
     def _blob(self, down: Tree) -> Blob:
@@ -180,10 +188,12 @@ class NetworkBackend:
                 message = Failed(run=self.run, id=task.id, reason=line(why))
             else:
                 self.last = Record("reply", self.now, _text(message), message.up)
+                self.trace.came(task.id, bytes_up=message.up.size)
                 return Reply(
                     task, up, message.weight, message.metrics, message.samples, tuple(message.answers)
                 )
         self.last = Record("lost", self.now, _text(message), None)
+        self.trace.came(task.id, message.reason)
         return Lost(task, message.reason)
 
 

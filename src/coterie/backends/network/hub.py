@@ -288,6 +288,8 @@ class Hub:
 
     def _say(self, site: str, message: Message) -> None:
         if (seat := self.seats.get(site)) and seat.outbox is not None:
+            if isinstance(message, Assign) and message.trace and "trace" not in seat.features:
+                message = message.model_copy(update={"trace": ""})
             seat.outbox.put_nowait(message)
 
     def _pop(self, course: Course, id: int) -> Given | None:

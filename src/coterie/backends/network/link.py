@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from coterie.backends import spans
 from coterie.backends.network.carrier import Carrier
 from coterie.backends.network.desk import Desk, Key
 from coterie.backends.network.messages import (
@@ -41,6 +42,7 @@ from coterie.backends.network.messages import (
     line,
     parse,
 )
+from coterie.backends.network.mismatch import mismatch
 from coterie.backends.network.server import FEATURES, SERVICE, options
 from coterie.backends.network.transfer import uncut
 from coterie.core.errors import CoterieError, RunError
@@ -109,21 +111,22 @@ class Link:
             raise ValueError("link: no server address")
         self.addresses, self.credentials, self.blobs, self.handler = addresses, credentials, blobs, handler
         self.site, self.sign, self.tell, self.software, self.protocol = site, sign, tell, software, protocol
-        self.features = list(FEATURES) if compress else []
+        able = {"zstd": compress, "trace": spans.on()}
+        self.features = [each for each in FEATURES if able[each]]
         self.desk = Desk(answers, blobs, room)
         self.runs: dict[str, tuple[str, asyncio.Future[str]]] = {}  # open here -> config digest, why not
         self.coming: set[Key] = set()  # tasks whose model is on its way
-        self.doing: dict[Key, tuple[Task, Blob]] = {}  # that the handler has
+        self.doing: dict[Key, tuple[Task, Blob, str]] = {}  # that the handler has; and the trace, if any
         self._jobs: set[asyncio.Task[None]] = set()  # of this connection, which ends when one of them fails
         self._outbox: asyncio.Queue[Message] | None = None  # None: not connected
         self._compress = False
         self._carrier = Carrier(blobs, site, rate, tell)
-        self._stopped = asyncio.Event()
+        self._here, self._stopped = asyncio.Event(), asyncio.Event()
         self._process, self._attempts = secrets.token_hex(8), itertools.count(1)
 
     async def run(self) -> None:
         """Stay connected until `stop`. Raises Refused."""
-        delay = FIRST
+        delay, known = FIRST, False
         stopped = asyncio.ensure_future(self._stopped.wait())
         try:
             for address in itertools.cycle(self.addresses):
@@ -132,6 +135,10 @@ class Link:
                 if stopped.done():
                     return
                 joined, why = session.result()
+                known = known or joined
+                encrypted = self.credentials is not None
+                if not known and (wrong := await asyncio.to_thread(mismatch, address, encrypted=encrypted)):
+                    raise Refused(wrong)
                 self.tell("disconnected", server=address, why=why)
                 delay = FIRST if joined else min(delay * 2, LONGEST)
                 await asyncio.wait([stopped], timeout=delay * random.uniform(0.5, 1.0))  # noqa: S311
@@ -173,7 +180,7 @@ class Link:
         self._done((run, id))
         self.tell("answered", **message.model_dump(exclude={"message"}))
         if self._outbox is not None:
-            self._spawn(self._deliver(message))
+            self._spawn(self._deliver(message, doing[2]))
 
     def fail(self, run: str, id: int, reason: str, detail: str = "") -> None:
         """Give a task up; what was dropped meanwhile is ignored."""
@@ -181,16 +188,29 @@ class Link:
             self._say(Failed(run=run, id=id, reason=line(reason), detail=line(detail, 200_000)))
             self.tell("failed", run=run, id=id, reason=reason)
 
+    def trace(self, run: str, id: int) -> str:
+        """The parent of the spans of a task that the handler has (`spans`); "" where there are no traces."""
+        doing = self.doing.get((run, id))
+        return doing[2] if doing else ""
+
     async def renew(self, request: bytes) -> bytes:
-        """Have a certificate issued for a signing request. Raises Refused, RunError when not connected."""
-        if self._outbox is None:
-            raise RunError("the server cannot be reached now", "try again when the site is connected")
+        """Have a certificate issued for a signing request, once the site is connected. Raises Refused."""
+        await self._here.wait()
         try:
             return bytes(
                 await self._control.unary_unary(f"/{SERVICE}/Renew")(request, metadata=self._carrier.who)
             )
         except grpc.aio.AioRpcError as error:
             raise Refused(str(error.details())) from None
+        except asyncio.CancelledError:
+            if (me := asyncio.current_task()) is None or me.cancelling():
+                raise
+            raise Refused("the connection broke") from None  # which cancels its calls
+
+    def reconnect(self, why: str) -> None:
+        """Begin the connection anew, with the credentials that there are now; what is open comes again."""
+        if self._outbox is not None and not self._broken.done():
+            self._broken.set_result(why)
 
     async def _session(self, address: str) -> tuple[bool, str]:
         """Connect and work until it breaks; return whether all was well until then, and why it broke."""
@@ -210,6 +230,7 @@ class Link:
                 code, details = grpc.StatusCode.UNKNOWN, str(error)
             finally:
                 self._outbox = None
+                self._here.clear()
                 jobs = [listen, *self._jobs]
                 for job in jobs:
                     job.cancel()
@@ -236,6 +257,7 @@ class Link:
                 self._take(message)
             elif isinstance(message, Welcome):
                 self._joined, self._outbox = True, asyncio.Queue()
+                self._here.set()
                 self._compress = "zstd" in message.features
                 self._spawn(self._speak(call, self._outbox))
                 self._spawn(self._beat(message.silence / 4))
@@ -304,7 +326,7 @@ class Link:
         for id, client, memory, thread in message.tasks:
             key = (message.run, id)
             if key in self.desk.answered:
-                self._spawn(self._deliver(self.desk.answered[key]))
+                self._spawn(self._deliver(self.desk.answered[key], message.trace))
             elif key not in self.doing and key not in self.coming:
                 self.coming.add(key)
                 fresh.append(
@@ -314,7 +336,7 @@ class Link:
                     )
                 )  # fmt: skip
         if fresh:
-            self._spawn(self._prepare(message.run, message.down, fresh))
+            self._spawn(self._prepare(message.run, message.down, fresh, message.trace))
 
     async def _committed(self, message: Accepted) -> None:
         if await self._takes_part(message.run):
@@ -324,16 +346,17 @@ class Link:
         """Wait until the run is open here, or is not going to be."""
         return run in self.runs and not await asyncio.shield(self.runs[run][1])
 
-    async def _prepare(self, run: str, down: Blob, tasks: list[Task]) -> None:
+    async def _prepare(self, run: str, down: Blob, tasks: list[Task], trace: str) -> None:
         """Hand tasks over once the run is open and the model is here."""
         self.desk.need(down)
         try:
             if await self._takes_part(run):
-                await self.fetch(run, down)
+                with spans.span("download", trace, run=run, site=self.site, bytes=down.size):
+                    await self.fetch(run, down)
                 ready = [task for task in tasks if (run, task.id) in self.coming]
                 for task in ready:
                     self.desk.need(down)
-                    self.doing[run, task.id] = (task, down)
+                    self.doing[run, task.id] = (task, down, trace)
                 if ready:
                     self.handler.work(run, ready)
         except grpc.aio.AioRpcError as error:
@@ -364,14 +387,16 @@ class Link:
         """Have a blob of a run here, sent once whoever asks. Raises AioRpcError, Corrupt, RunError."""
         await self._carrier.fetch(self._bulk, run, blob)
 
-    async def _deliver(self, message: Answered) -> None:
+    async def _deliver(self, message: Answered, trace: str) -> None:
         """Bring an answer to the server: the blob first, then what it belongs to."""
+        run, id, size = message.run, message.id, message.up.size
         try:
-            await self._carrier.bring(self._bulk, message, compress=self._compress)
+            with spans.span("upload", trace, run=run, site=self.site, task=id, bytes=size):
+                await self._carrier.bring(self._bulk, message, compress=self._compress)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise
-            self.tell("unwanted", run=message.run, id=message.id, why=error.details())
+            self.tell("unwanted", run=run, id=id, why=error.details())
         else:
             self._say(message)
 

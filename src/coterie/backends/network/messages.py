@@ -20,9 +20,11 @@ from pydantic import (
     FailFast,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    model_serializer,
 )
 
 from coterie.core.codec import decode, encode
@@ -72,6 +74,7 @@ Client = Annotated[str, Field(min_length=1, max_length=200)]
 Line = Annotated[str, Field(max_length=4000)]
 Page = Annotated[str, Field(max_length=200_000)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Trace = Annotated[str, Field(pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$")]
 Named = Annotated[Blob, AfterValidator(_named)]
 Config = Annotated[dict[str, Any], BeforeValidator(_config_in), PlainSerializer(_config_out)]  # core.codec
 Any64 = Annotated[float, AllowInfNan(True)]  # whether NaN stops a run is for its plan to say
@@ -157,7 +160,7 @@ class Declined(Said):
 
 
 class Assign(Said):
-    """Server: tasks that differ only in what a Row says."""
+    """Server: tasks that differ only in what a Row says. trace: W3C traceparent, for who traces too."""
 
     message: Literal["assign"] = "assign"
     run: Name
@@ -167,6 +170,15 @@ class Assign(Said):
     config: Config
     down: Named
     tasks: Annotated[list[Row], FailFast(), Field(max_length=ROWS)]
+    trace: Trace = ""
+
+    @model_serializer(mode="wrap")
+    def _known(self, rest: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not there: a site without the feature refuses a field that it does not know."""
+        said: dict[str, Any] = rest(self)
+        if not self.trace:
+            del said["trace"]
+        return said
 
 
 class Answered(Said):

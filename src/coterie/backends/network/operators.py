@@ -7,6 +7,8 @@ crosses as its kind, message and hint, and is raised again where it was asked fo
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 import json
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -16,11 +18,14 @@ from typing import Annotated, Any, Protocol
 import grpc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coterie.backends.network.mismatch import mismatch
 from coterie.core.errors import ConfigError, CoterieError, DataError, Interrupted, RunError
-from coterie.security import Credentials, of_config, sign
+from coterie.security import Credentials, of_config, packages, sign
 
 OPERATOR, ENROLMENT = "coterie.v1.Operator", "coterie.v1.Enrolment"
 FRAME = 4 << 20  # bytes of the largest call and answer
+PIECE = 1 << 20  # bytes of code in a message
+SUBMITTING = 300.0  # seconds in which a server must have checked a run: it loads data and model
 KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, RunError, Interrupted)}
 Text = Annotated[str, Field(max_length=200_000)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -33,9 +38,18 @@ class Call(BaseModel):
 
 
 class Submit(Call):
-    """A run to queue. config: TOML; signature: over its bytes, hexadecimal."""
+    """A run to queue. config: TOML. code: SHA-256 and size of a package, whose bytes follow the call.
+
+    signature: over both (`security.of_config`), hexadecimal.
+    """
 
     config: Text
+    code: (
+        tuple[
+            Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], Annotated[int, Field(gt=0, le=packages.LIMIT)]
+        ]
+        | None
+    ) = None
     signature: Annotated[str, Field(max_length=200)] = ""
     quotas: Annotated[dict[str, float], Field(max_length=3)] = {}
 
@@ -74,8 +88,8 @@ class Desk(Protocol):
     All but `watch` and `fetch` are called in threads.
     """
 
-    def submit(self, who: Any, call: Submit) -> str:
-        """Check and queue a run; return its name."""
+    def submit(self, who: Any, call: Submit, code: bytes) -> str:
+        """Check and queue a run; return its name. code: as `call` names it."""
 
     def runs(self) -> list[dict[str, Any]]:
         """What is known of every run."""
@@ -116,6 +130,20 @@ def operator_service(desk: Desk, admit: Callable[[Any], Any]) -> grpc.GenericRpc
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
+    async def queue_run(requests: AsyncIterator[bytes], context: Any) -> bytes:
+        who = await admit(context)
+        try:
+            call = _parsed(Submit, await anext(requests, b""))
+            digest, size = call.code or ("", 0)
+            code = bytearray()
+            while len(code) < size and (piece := await anext(requests, b"")):
+                code += piece
+            if len(code) != size or (code and hashlib.sha256(code).hexdigest() != digest):
+                raise ConfigError("submit: the code arrived damaged", "submit it again")
+            return json.dumps(await asyncio.to_thread(desk.submit, who, call, bytes(code))).encode()
+        except CoterieError as error:
+            return await _abort(context, error)
+
     def many(kind: type[Call], answer: Callable[[Any], AsyncIterator[Any]]) -> grpc.RpcMethodHandler:
         async def handle(data: bytes, context: Any) -> AsyncIterator[bytes]:
             await admit(context)
@@ -128,7 +156,7 @@ def operator_service(desk: Desk, admit: Callable[[Any], Any]) -> grpc.GenericRpc
         return grpc.unary_stream_rpc_method_handler(handle)
 
     methods = {
-        "Submit": one(Submit, desk.submit),
+        "Submit": grpc.stream_unary_rpc_method_handler(queue_run),
         "Runs": one(None, lambda who, call: desk.runs()),
         "Sites": one(None, lambda who, call: desk.sites()),
         "Stop": one(Which, lambda who, call: desk.stop(call.run)),
@@ -177,12 +205,24 @@ def channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.C
 
 
 def submit(
-    channel: grpc.Channel, config: str, mine: Credentials | None, quotas: Mapping[str, float] | None = None
+    channel: grpc.Channel,
+    config: str,
+    mine: Credentials | None,
+    quotas: Mapping[str, float] | None = None,
+    code: bytes = b"",
 ) -> str:
-    """Give a server a config (TOML) to run, signed by an operator; return the run. Raises as `ask`."""
-    signature = "" if mine is None else sign(mine.signing_key, of_config(config)).hex()
-    call = Submit(config=config, signature=signature, quotas=dict(quotas or {}))
-    return str(ask(channel, "Submit", call))
+    """Give a server a config (TOML) to run, signed by an operator; return the run. Raises as `ask`.
+
+    code: a package (`security.packages`) that travels with it.
+    """
+    digest = hashlib.sha256(code).hexdigest() if code else ""
+    signature = "" if mine is None else sign(mine.signing_key, of_config(config, digest)).hex()
+    named = (digest, len(code)) if code else None
+    call = Submit(config=config, signature=signature, quotas=dict(quotas or {}), code=named)
+    pieces = (code[start : start + PIECE] for start in range(0, len(code), PIECE))
+    with _raised():
+        send = channel.stream_unary(f"/{OPERATOR}/Submit")
+        return str(json.loads(send(itertools.chain([_bytes(call)], pieces), timeout=SUBMITTING)))
 
 
 def credentials(mine: Credentials) -> grpc.ChannelCredentials:
@@ -200,14 +240,24 @@ def reached(
         for address in addresses:
             made = stack.enter_context(channel(address, credentials))
             grpc.channel_ready_future(made).add_done_callback(lambda _, made=made: up.put(made))
-        try:
-            first = up.get(timeout=within)
-        except queue.Empty:
+        first = _soon(up, 1.0)
+        for address in addresses if first is None else ():
+            if wrong := mismatch(address, encrypted=credentials is not None):
+                raise RunError(wrong)
+        first = first or _soon(up, within)
+        if first is None:
             raise RunError(
                 f"server {', '.join(addresses)} does not answer within {within:g} s",
                 "is it running, and do its certificate and yours come from one authority?",
-            ) from None
+            )
         yield first
+
+
+def _soon(up: queue.SimpleQueue[grpc.Channel], seconds: float) -> grpc.Channel | None:
+    try:
+        return up.get(timeout=seconds)
+    except queue.Empty:
+        return None
 
 
 @contextmanager
@@ -250,7 +300,9 @@ def _parsed(kind: type[Call] | None, data: bytes) -> Any:
 
 
 def _bytes(call: Call | None) -> bytes:
-    return b"" if call is None else call.model_dump_json().encode()
+    return (
+        b"" if call is None else call.model_dump_json(exclude_defaults=True).encode()
+    )  # an older server knows fewer fields
 
 
 async def _abort(context: Any, error: CoterieError) -> bytes:

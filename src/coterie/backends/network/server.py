@@ -37,7 +37,7 @@ from coterie.core.errors import CoterieError
 from coterie.storage import Blobs, Corrupt
 
 SERVICE = "coterie.v1.Federation"
-FEATURES = ("zstd",)
+FEATURES = ("zstd", "trace")
 FAREWELL = 5.0  # seconds in which a site that must go may close the connection itself
 M = TypeVar("M", bound=Said)
 

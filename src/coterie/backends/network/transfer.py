@@ -1,8 +1,9 @@
 """Blobs on their way: chunks with a digest each, from any byte on. Knows files and bytes; no connection.
 
-A frame is the chunk's place, its length, the SHA-256 of what follows and before it, and the bytes, which
-are compressed when that was agreed on and helps. A chunk that arrives damaged is not kept: the receiver
-says how much it has, and the sender goes on from there. The whole is checked again when it is complete.
+A frame is the chunk's place, its length, the SHA-256 of all that the blob holds up to its end, and the bytes,
+which are compressed when that was agreed on and helps. So each side hashes a byte once, for its chunk and for
+the whole. A chunk that arrives damaged is not kept: the receiver says how much it has, and the sender goes on
+from there.
 """
 
 from __future__ import annotations
@@ -29,42 +30,43 @@ _PLACE = struct.Struct(">BQI")  # compressed, offset, bytes before compression
 _HEAD = _PLACE.size + 32
 
 
-def packed(offset: int, data: bytes, *, compress: bool = False) -> bytes:
-    """A frame. data: at most CHUNK bytes."""
+def packed(offset: int, data: bytes, known: hashlib._Hash, *, compress: bool = False) -> bytes:
+    """A frame. data: at most CHUNK bytes. known: a running SHA-256 of what is before them; it goes on."""
+    known.update(data)
     body = zstandard.ZstdCompressor(level=1).compress(data) if compress else data
     squeezed = len(body) < len(data)
     if not squeezed:
         body = data
-    place = _PLACE.pack(squeezed, offset, len(data))
-    return b"".join((place, _digest(place, body), body))
+    return b"".join((_PLACE.pack(squeezed, offset, len(data)), known.digest(), body))
 
 
-def opened(frame: bytes) -> tuple[int, bytes | memoryview]:
-    """The offset and the bytes of a frame, at most CHUNK. Raises BadMessage when it is damaged."""
+def opened(frame: bytes, held: int, known: hashlib._Hash) -> tuple[bytes | memoryview, hashlib._Hash]:
+    """The bytes of a frame, at most CHUNK, and the running SHA-256 with them. Raises BadMessage for damage.
+
+    held: how many bytes are before it; known: their SHA-256, which is left as it is.
+    """
     view = memoryview(frame)
     if len(frame) < _HEAD:
         raise BadMessage("a chunk that is cut short")
-    place, body = view[: _PLACE.size], view[_HEAD:]
-    squeezed, offset, size = _PLACE.unpack(place)
-    if view[_PLACE.size : _HEAD] != _digest(place, body):
-        raise BadMessage(f"a chunk at byte {offset} that is damaged")
+    body: bytes | memoryview = view[_HEAD:]
+    squeezed, offset, size = _PLACE.unpack(view[: _PLACE.size])
+    if offset != held:
+        raise BadMessage(f"a chunk from byte {offset} on, where {held} are here")
     if squeezed > 1 or size > CHUNK:
         raise BadMessage(f"a chunk of {size} bytes; at most {CHUNK} may come")
     if squeezed:
         try:  # bounded by what is read and by the window, whatever the frame claims
             reader = zstandard.ZstdDecompressor(max_window_size=2 * CHUNK).stream_reader(body)
-            body = memoryview(reader.read(size + 1))
+            body = reader.read(size + 1)
         except zstandard.ZstdError as error:
             raise BadMessage(f"a chunk at byte {offset} that does not unpack: {error}") from None
     if len(body) != size:
         raise BadMessage(f"a chunk of {len(body)} bytes that claims {size}")
-    return offset, body
-
-
-def _digest(place: bytes | memoryview, body: bytes | memoryview) -> bytes:
-    known = hashlib.sha256(place)
-    known.update(body)
-    return known.digest()
+    seen = known.copy()
+    seen.update(body)
+    if view[_PLACE.size : _HEAD] != seen.digest():
+        raise BadMessage(f"a chunk at byte {offset} that is damaged")
+    return body, seen
 
 
 async def uncut(operation: Awaitable[T]) -> T:
@@ -89,17 +91,21 @@ async def in_thread(work: Callable[..., T], *args: Any) -> T:
 
 async def chunks(path: Path, start: int, *, compress: bool = False) -> AsyncIterator[bytes]:
     """The frames of a file from a byte on, each made while the last one travels."""
+    known = hashlib.sha256()
 
-    def read(offset: int) -> bytes:
+    def read(offset: int, before: int) -> bytes:
         with path.open("rb") as file:
-            file.seek(offset)
+            file.seek(before)
+            while before < offset and (data := file.read(min(CHUNK, offset - before))):
+                known.update(data)
+                before += len(data)
             data = file.read(CHUNK)
-        return packed(offset, data, compress=compress) if data else b""
+        return packed(offset, data, known, compress=compress) if data else b""
 
-    ahead = asyncio.ensure_future(asyncio.to_thread(read, start))
+    ahead = asyncio.ensure_future(asyncio.to_thread(read, start, 0))
     while frame := await ahead:
         start += CHUNK
-        ahead = asyncio.ensure_future(asyncio.to_thread(read, start))
+        ahead = asyncio.ensure_future(asyncio.to_thread(read, start, start))
         yield frame
 
 
@@ -111,15 +117,17 @@ async def receive(
     into: where the whole shall lie. Raises Corrupt when the whole is not what its name says, RunError when
     the disk is full.
     """
+    held, seen = blobs.held(blob.digest), await in_thread(blobs.begun, blob.digest)
 
     def keep(frame: bytes) -> int:
-        offset, data = opened(frame)
-        if offset != held or offset + len(data) > blob.size:
-            raise BadMessage(f"bytes {offset} to {offset + len(data)} after {held} of {blob.size}")
-        seen.update(data)
-        return blobs.receive(blob.digest, offset, data)
+        nonlocal seen
+        data, with_it = opened(frame, held, seen)
+        if held + len(data) > blob.size:
+            raise BadMessage(f"bytes {held} to {held + len(data)} of {blob.size}")
+        there = blobs.receive(blob.digest, held, data)
+        seen = with_it
+        return there
 
-    held, seen = blobs.held(blob.digest), await in_thread(blobs.begun, blob.digest)
     ahead = asyncio.ensure_future(anext(frames, b""))  # one is kept while the next arrives
     try:
         while held < blob.size:
