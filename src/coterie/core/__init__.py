@@ -32,6 +32,7 @@ from coterie.core.gather import (
     take,
     unfolded,
 )
+from coterie.core.guarantees import Guarantees
 from coterie.core.seeds import Key, derive, rng, seeded, uniform
 from coterie.core.transforms import transformed
 from coterie.core.types import (
@@ -58,9 +59,9 @@ from coterie.core.types import (
 
 __all__ = [
     "Action", "Aggregator", "Algorithm", "Backend", "Cancel", "ClientId", "ClientWork", "Commit",
-    "ConfigError", "CoterieError", "DataError", "Event", "Fenced", "Fold", "Gathered", "Interrupted",
-    "Key", "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost", "Reply",
-    "RunError", "Schedule", "Task", "Tick", "Timer", "Transform", "Tree", "accept", "ask", "awaits",
+    "ConfigError", "CoterieError", "DataError", "Event", "Fenced", "Fold", "Gathered", "Guarantees",
+    "Interrupted", "Key", "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost",
+    "Reply", "RunError", "Schedule", "Task", "Tick", "Timer", "Transform", "Tree", "accept", "ask", "awaits",
     "derive", "drive", "empty", "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take",
     "transformed", "unfolded", "uniform",
 ]  # fmt: skip
