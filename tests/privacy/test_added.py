@@ -46,7 +46,7 @@ def test_a_client_that_skipped_the_clip_is_refused():
 @pytest.mark.parametrize("protected", [True, False])
 def test_without_noise_it_is_the_sum_over_the_expected_cohort(at, protected):
     ups = clipped({"u": torch.randn(3, 20, generator=torch.Generator().manual_seed(0))}, 1.5)
-    made = noise(at=at, multiplier=0.0, norm=1.5, cohort=7, protected=protected, key=KEY, least=3)
+    made = noise(at=at, multiplier=1e-12, norm=1.5, cohort=7, protected=protected, key=KEY, least=3)
     step = grid(1.5).step
     torch.testing.assert_close(summed(made, ups)["u"], ups["u"].double().sum(0) / 7, rtol=0, atol=3 * step)
 
@@ -61,6 +61,8 @@ CASES = [
 @pytest.mark.parametrize(("at", "mechanism", "variance"), CASES)
 def test_the_sum_has_the_wanted_variance(at, mechanism, variance, protected):
     """variance: over (multiplier norm)^2, of 3 clients. 60,000 draws: 5 sd, a false alarm in a million."""
+    if mechanism == "skellam" and not protected:
+        pytest.skip("refused: integer noise alone")
     made = noise(
         at=at, mechanism=mechanism, multiplier=0.7, norm=1.5, order=1 if mechanism == "laplace" else 2,
         cohort=1, protected=protected, key=KEY, least=3 if at == "shares" else None,

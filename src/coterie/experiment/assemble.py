@@ -24,7 +24,9 @@ from coterie.core import (
     native,
     seeded,
     transformed,
+    trees,
 )
+from coterie.core.transforms import update_like
 from coterie.data import (
     DATASETS,
     PARTITIONS,
@@ -36,8 +38,10 @@ from coterie.data import (
     populate,
 )
 from coterie.experiment import parts
+from coterie.experiment.chain import TRANSFORMS, chain_of
 from coterie.experiment.config import Config, data_folders, to_dict
-from coterie.experiment.privacy import TRANSFORMS, Promise, chain_of, promise, refuse_parts, with_multiplier
+from coterie.experiment.promise import Promise, promise, with_multiplier
+from coterie.experiment.refusals import refuse_parts
 from coterie.experiment.system import device
 from coterie.models import MODELS
 from coterie.schedules import SCHEDULES, STALENESS, Buffered, Gossip
@@ -114,12 +118,12 @@ def assemble(
     population = load_population(config, dataset)
     problem, initial = (away, away.initial) if away else _problem(config, dataset, model)
     schedule = _schedule(config, population)
-    promised = promise(config, schedule, len(population.clients))
+    local, algorithm = _plain(config, len(population.clients))
+    promised = promise(config, schedule, len(population.clients), _dimension(config, algorithm, initial))
     if promised is not None:
-        schedule = replace(schedule, rounds=promised.rounds)
-    config = with_multiplier(config, promised)
-    local, algorithm = _algorithm(config, len(population.clients))
-    refuse_parts(config, promised, algorithm, initial)
+        refuse_parts(config, promised.noise, algorithm, initial)
+        config, schedule = with_multiplier(config, promised), replace(schedule, rounds=promised.rounds)
+    algorithm = transformed(algorithm, chain_of(config, len(population.clients)))
     trainer, note = (away, away.note) if away else _trainer(config, problem, algorithm, population, fit)
     test = _test(population)
     some = dataset.train if dataset.remote else None
@@ -291,7 +295,20 @@ def _problem(config: Config, dataset: Dataset, model: nn.Module | None) -> tuple
     return problem, problem.model()
 
 
+def _dimension(config: Config, algorithm: Algorithm, initial: Any) -> int:
+    """The numbers in an update, where that matters."""
+    if not config.transforms:
+        return 0
+    return sum(leaf.numel() for leaf in trees.leaves(update_like(algorithm, algorithm.init(initial))))
+
+
 def _algorithm(config: Config, population: int) -> tuple[Local, Algorithm]:
+    local, algorithm = _plain(config, population)
+    return local, transformed(algorithm, chain_of(config, population))
+
+
+def _plain(config: Config, population: int) -> tuple[Local, Algorithm]:
+    """The algorithm before its transforms."""
     section = dict(config.algorithm)
     make, _ = parts.choose(ALGORITHMS, section, "algorithm")
     named = inspect.signature(make).parameters
@@ -317,8 +334,7 @@ def _algorithm(config: Config, population: int) -> tuple[Local, Algorithm]:
     if "local" not in named:  # what the baselines train with instead
         server_side = provided["server"] or OPTIMIZERS["sgd"](0.1)
         local = Local(optimizer=lambda lr: server_side, batch_size=None)
-    base = parts.build(ALGORITHMS, section, "algorithm", provided)
-    return local, transformed(base, chain_of(config, population))
+    return local, parts.build(ALGORITHMS, section, "algorithm", provided)
 
 
 def _local(client: dict[str, Any]) -> Local:

@@ -17,7 +17,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +28,8 @@ from torch import distributed as dist
 
 from coterie.algorithms import gradient
 from coterie.core.errors import ConfigError, RunError
-from coterie.core.types import Algorithm, ClientId, Task, Tree
+from coterie.core.transforms import encoded
+from coterie.core.types import Algorithm, ClientId, Lost, Reply, Task, Tree
 from coterie.experiment import host
 from coterie.experiment.assemble import algorithm_of
 from coterie.experiment.config import load
@@ -118,7 +119,11 @@ class Handed:
         work = self.algorithm.client_work
         _, carry = work.start(down, None, task.config)
         up, _ = work.finish(after["params"], down, {**carry, "buffers": after["buffers"]}, 1)
-        self.tell(Done(task, self.blobs.write(up), weight, metrics, int(weight)))
+        made = encoded(self.algorithm, Reply(replace(task, down=down), up, weight, metrics, int(weight)))
+        if isinstance(made, Lost):
+            self.tell(Done(task, None, reason=made.reason))
+        else:
+            self.tell(Done(task, self.blobs.write(made.up), made.weight, made.metrics, made.samples))
 
     def tell(self, done: Done) -> None:
         """From any thread."""

@@ -27,6 +27,8 @@ from coterie.experiment.assemble import Parts, assemble, resolved
 from coterie.experiment.away import Away
 from coterie.experiment.code import Environment
 from coterie.experiment.config import Config, load
+from coterie.experiment.ledger import reopened
+from coterie.experiment.promise import refuse_uncalibrated
 from coterie.experiment.records import Progress
 from coterie.experiment.run import Session, logged
 from coterie.experiment.served import Carrier, Served
@@ -274,17 +276,13 @@ class Queue:
         folder = RunFolder(Path(run.folder))
         torch.set_num_threads(parts.config.run["threads"])
         make_folder(folder.path)
-        place = Served(
-            parts,
-            folder,
-            self.database,
-            run.id,
-            self._archive(run.id),
-            self.updates,
-            lambda replay: self.connect(run, parts, replay),
-            run.code,
-        )
         with folder.lock(wait=True), logged(folder.log, threading.get_ident()):
+            # a server that takes over may have no folder yet; nothing leaves before the database has it
+            parts = reopened(parts, folder.path, begun=False)
+            place = Served(
+                parts, folder, self.database, run.id, self._archive(run.id), self.updates,
+                lambda replay: self.connect(run, parts, replay), run.code,
+            )  # fmt: skip
             with self.changed:
                 self.places[run.id] = place
                 if run.id in self.asked:
@@ -316,10 +314,14 @@ class Queue:
         """The parts of a config; what its package brings is in a process of its own."""
         config = replace(_config(text), folder=self.code)
         if not package:
-            yield assemble(config, data_dir=self.data_dir)
+            parts = assemble(config, data_dir=self.data_dir)
+            refuse_uncalibrated(config, parts.promise)
+            yield parts
             return
         with Away(config, self._unpacked(id, package), self.folder / "code", self.data_dir) as model:
-            yield assemble(config, data_dir=self.data_dir, away=model)
+            parts = assemble(config, data_dir=self.data_dir, away=model)
+            refuse_uncalibrated(config, parts.promise)
+            yield parts
 
     def _unpacked(self, id: str, package: str) -> Environment:
         folder = self.folder / "code"

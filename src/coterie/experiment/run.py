@@ -36,9 +36,10 @@ from coterie.experiment import baselines
 from coterie.experiment.assemble import Parts, assemble, resolved
 from coterie.experiment.away import Away
 from coterie.experiment.config import Config, load
+from coterie.experiment.ledger import closed, reopened
 from coterie.experiment.numbers import worst_decile
 from coterie.experiment.place import Here, Kept, Place
-from coterie.experiment.privacy import closed, reopened, told
+from coterie.experiment.promise import told
 from coterie.experiment.records import Progress, Result
 from coterie.experiment.tensorboard import board
 from coterie.storage import RunFolder, write_atomic
@@ -89,9 +90,10 @@ def run(
                 "submit it to their server: coterie submit CONFIG --server HOST:PORT",
             )
         folder = _reopen(config, folder_out) if resume else None
+        begun = folder is not None
         folder = folder or RunFolder.create(None, config.name, folder_out)
         with folder.lock(), logged(folder.log):
-            parts = reopened(parts, folder.path)
+            parts = reopened(parts, folder.path, begun=begun)
             folder.write_config(resolved(config))
             place = Here(parts, folder)
             session = Session(parts, folder, place, watch or (lambda progress: None), stop or (lambda: False))
@@ -291,7 +293,8 @@ class Session:
         write_atomic(self.folder.path / "model.safetensors", save({**model["params"], **model["buffers"]}))
         self.folder.write_clients(_clients(self.parts, by_client, compared))
         self.folder.write_result(result.to_json())
-        closed(self.parts.promise, self.folder.path)
+        if status != "failed":  # a failure may have been in the middle of a commit
+            closed(self.parts.promise, self.folder.path)
         from coterie.experiment import report  # noqa: PLC0415  its pictures take long to load
 
         report.write(self.folder.path)

@@ -42,7 +42,7 @@ def noise(
     *,
     at: At,
     mechanism: Mechanism = "gaussian",
-    multiplier: float,
+    multiplier: float | None,
     norm: float,
     order: int = 2,
     cohort: int,
@@ -53,22 +53,29 @@ def noise(
     """Sum the updates, add noise, divide by the expected cohort.
 
     multiplier: the noise of the sum (of each update at "client") over the clipping norm: standard deviation
-    of a Gaussian or Skellam, scale of a Laplace. norm, order: what updates were clipped to before. cohort:
-    the expected number of clients in a round, which divides, whoever replied. least: "shares" add up to the
+    of a Gaussian or Skellam, scale of a Laplace; None at a client of noise that only the server adds. norm,
+    order: what updates were clipped to before. cohort: the expected number of clients in a round, which
+    divides, whoever replied. least: "shares" add up to the
     wanted variance once so many honest clients replied. key: of simulated noise. Raises ConfigError.
     """
     if at == "shares" and mechanism == "laplace":
         raise ConfigError("laplace noise does not come in shares", 'mechanism = "gaussian" or "skellam"')
     if mechanism == "skellam" and at != "shares":
         raise ConfigError(f"skellam noise at the {at}", 'mechanism = "gaussian", or at = "shares"')
-    lattice = grid(norm, order, FEW_BITS if mechanism == "skellam" else BITS)
-    sigma = Fraction(multiplier) * lattice.bound  # of the sum, in steps
+    if mechanism == "skellam" and not protected:
+        raise ConfigError("skellam noise is integer noise", 'mechanism = "gaussian", or protected = true')
+    if multiplier is None and at != "server":
+        raise ConfigError(
+            f"noise at the {at} without its multiplier: a budget is not calibrated where only the config is "
+            "known",
+            "set multiplier, as calibrated for the budget, beside it",
+        )
+    lattice = grid(norm, order, bits(mechanism))
+    sigma = Fraction(multiplier or 0) * lattice.bound  # of the sum, in steps
     shares = (least or 1) if at == "shares" else 1
 
     def drawn(leaf: Tensor) -> Tensor:
         """One party's integer noise."""
-        if not multiplier:
-            return torch.zeros(leaf.shape, dtype=torch.int64)
         if mechanism == "laplace":
             return discrete_laplace(leaf.shape, sigma)
         if mechanism == "skellam":
@@ -77,7 +84,7 @@ def noise(
 
     def simulated(tree: Tree, *path: str | int) -> Tree:
         """A tree with one party's float noise."""
-        generator, scale = rng(derive(key, *path)), multiplier * norm / math.sqrt(shares)
+        generator, scale = rng(derive(key, *path)), float(multiplier or 0) * norm / math.sqrt(shares)
         draw: Callable[..., object] = generator.laplace if mechanism == "laplace" else generator.normal
         return trees.map_tree(
             lambda leaf: leaf + torch.as_tensor(draw(0.0, scale, leaf.shape)).to(leaf.dtype), tree
@@ -97,6 +104,7 @@ def noise(
         return trees.map_tree(lambda *leaves: torch.stack(leaves), *rows)
 
     def close(total: Tree, state: Tree) -> tuple[Tree, Tree]:
+        assert multiplier, "a sum without noise is never released"
         if at == "server":
             total = (
                 trees.map_tree(lambda leaf: leaf + drawn(leaf), total)
@@ -107,6 +115,11 @@ def noise(
         return trees.map_tree(lambda leaf: leaf.double() * unit, total), {"rounds": state["rounds"] + 1}
 
     return Transform(encode, close, init=lambda: {"rounds": 0}, cohort=cohort)
+
+
+def bits(mechanism: Mechanism) -> int:
+    """The grid's for a mechanism."""
+    return FEW_BITS if mechanism == "skellam" else BITS
 
 
 def grid(norm: float, order: int = 2, bits: int = BITS) -> Grid:
@@ -127,7 +140,7 @@ def truncated(ups: Tree, grid: Grid) -> Tree:
     most = math.floor(limit)
     for attempt in range(64):
         whole = [torch.trunc(leaf.double() * (scale / grid.step).unsqueeze(1)) for leaf in leaves]
-        size = sum(_power(part, grid.order) for part in whole)
+        size = torch.stack([_power(part, grid.order) for part in whole]).sum(0)
         over = ~(size <= most)
         if not over.any():
             parts = iter(whole)

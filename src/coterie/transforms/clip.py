@@ -51,11 +51,17 @@ def norms(leaves: Sequence[Tensor], order: int = 2) -> Tensor:
         torch.linalg.vector_norm(leaf.reshape(len(leaf), -1), order, dim=1, dtype=torch.float64)
         for leaf in leaves
     ]
-    return torch.linalg.vector_norm(torch.stack(parts), order, dim=0)
+    return torch.linalg.vector_norm(torch.stack(parts), order, dim=0)  # type: ignore[no-any-return]
 
 
 def adaptive_clip(
-    *, multiplier: float, cohort: int, initial: float, quantile: float, lr: float, noise: float | None = None
+    *,
+    multiplier: float | None,
+    cohort: int,
+    initial: float,
+    quantile: float,
+    lr: float,
+    noise: float | None = None,
 ) -> Transform:
     """Clip in L2 to a norm that moves to a quantile of the clients' norms, and send whether it was below.
 
@@ -64,26 +70,22 @@ def adaptive_clip(
     al., theorem 1: 1 / multiplier^2 = 1 / sigma_update^2 + 1 / (2 sigma_bit)^2. Then C <- C exp(-lr (mean of
     b - quantile)), algorithm 1.
 
-    multiplier: of the noise on the whole vector. cohort: the expected number of clients, which divides.
-    noise: sigma_bit, on the sum of the bits (None: cohort / 20, section 3.2, but at least the multiplier).
+    multiplier: of the noise on the whole vector; None at a client, whom the server tells s. cohort: the
+    expected number of clients, which divides. noise: sigma_bit, on the sum of the bits (None: cohort / 20,
+    section 3.2, but at least the multiplier).
     Raises ConfigError.
     """
     _positive("adaptive.initial", initial)
     _positive("adaptive.lr", lr)
     if not 0 < quantile < 1:
         raise ConfigError(f"adaptive.quantile = {quantile}: must be in (0, 1)", "0.5 is the median")
-    bit_noise = max(cohort / 20, multiplier) if noise is None else noise
-    if not bit_noise > multiplier / 2:
-        raise ConfigError(
-            f"adaptive.noise = {noise}: with noise multiplier {multiplier:.4g} the bit alone spends more",
-            f"set it above {multiplier / 2:.4g}, half the multiplier; a twentieth of the cohort is usual",
-        )
-    spread = math.sqrt(1 / (1 / multiplier**2 - 1 / (2 * bit_noise) ** 2)) / bit_noise if multiplier else 1.0
+    spread = math.nan if multiplier is None else _spread(multiplier, cohort, noise)
     whole = math.sqrt(1 + spread**2 / 4)
 
     def encode(ups: Tree, hint: Tree, tasks: Sequence[Task]) -> Tree:
         del tasks
-        most = float(hint["norm"])
+        most, spread = float(hint["norm"]), float(hint["spread"])
+        whole = math.sqrt(1 + spread**2 / 4)  # whatever the server says, the vector's norm is <= 1
         found = norms(trees.leaves(ups))
         within = (found <= most).double()
         factor = torch.minimum(most / found, torch.ones_like(found)) / (most * whole)
@@ -101,8 +103,19 @@ def adaptive_clip(
         encode,
         close,
         init=lambda: {"norm": torch.tensor(initial, dtype=torch.float64)},
-        hint=lambda state: state,
+        hint=lambda state: {**state, "spread": torch.tensor(spread, dtype=torch.float64)},
     )
+
+
+def _spread(multiplier: float, cohort: int, noise: float | None) -> float:
+    """sigma_update / sigma_bit."""
+    bit_noise = max(cohort / 20, multiplier) if noise is None else noise
+    if not bit_noise > multiplier / 2:
+        raise ConfigError(
+            f"adaptive.noise = {noise}: with noise multiplier {multiplier:.4g} the bit alone spends more",
+            f"set it above {multiplier / 2:.4g}, half the multiplier; a twentieth of the cohort is usual",
+        )
+    return 1 / math.sqrt(multiplier**-2 - (2 * bit_noise) ** -2) / bit_noise
 
 
 def _scaled(leaf: Tensor, factor: Tensor) -> Tensor:
