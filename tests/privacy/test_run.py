@@ -1,11 +1,16 @@
 """Client-level privacy in whole runs: bits, claims, the budget, the ledger, and what is refused."""
 
 import json
+import math
+from dataclasses import replace
+from statistics import NormalDist
 
 import pytest
 
 import coterie as ct
 from coterie.experiment import assemble, report
+from coterie.experiment.assemble import algorithm_of
+from coterie.experiment.promise import refuse_uncalibrated
 from coterie.privacy import added
 from coterie.privacy.noise import insecure_source
 
@@ -65,7 +70,10 @@ def test_the_result_says_what_is_claimed_and_withholds_the_rest(tmp_path):
     ct.run({**SMALL, "transforms": [CLIP, NOISE]}, out=tmp_path / "r")
     told = json.loads((tmp_path / "r/result.json").read_text())
     (claim,) = told["privacy"]["claims"]
-    # two Gaussians of multiplier 1 are one of multiplier 1 / sqrt(2): 6.17 at delta 1e-3, analytic
+    # the rounds are one Gaussian of multiplier 1 / sqrt(2), whose delta at epsilon is Balle and Wang's, 2018
+    law, epsilon, mu = NormalDist(), claim["epsilon"], math.sqrt(2)
+    delta = law.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * law.cdf(-mu / 2 - epsilon / mu)
+    assert delta == pytest.approx(1e-3, rel=1e-4)
     assert (claim["unit"], claim["delta"], claim["rounds"], claim["protected"]) == ("client", 1e-3, 2, True)
     assert claim["sampling"] == {"kind": "none", "rate": 1.0}
     assert told["clients"] is None
@@ -119,6 +127,66 @@ def test_a_crash_costs_the_round_in_flight_and_another_ledger_is_refused(tmp_pat
         ct.run(config, out=out, resume=True)
 
 
+def test_a_run_that_has_lost_its_ledger_does_not_go_on(tmp_path):
+    config, out = {**SMALL, "transforms": [CLIP, NOISE]}, tmp_path / "r"
+    ct.run(config, out=out)
+    (out / "privacy.json").unlink()
+    with pytest.raises(ct.ConfigError, match="ledger is gone"):
+        ct.run(config, out=out, resume=True)
+
+
+QUORUM = {**SMALL["schedule"], "quorum": 5}
+L1 = {"kind": "clip", "norm": 1.0, "order": 1}
+WHOLE = {
+    "client": ({"transforms": [CLIP, {**NOISE, "at": "client"}]}, "discrete gaussian"),
+    "shares": ({"transforms": [CLIP, {**NOISE, "at": "shares", "least": 4}], "schedule": QUORUM}, "discrete gaussian"),
+    "skellam": (
+        {"transforms": [CLIP, {**NOISE, "at": "shares", "least": 4, "mechanism": "skellam"}], "schedule": QUORUM},
+        "skellam",
+    ),
+    "adaptive": ({"transforms": [{"kind": "clip", "adaptive": {}}, NOISE]}, "discrete gaussian"),
+    "laplace": ({"transforms": [L1, {**NOISE, "mechanism": "laplace"}]}, "discrete laplace"),
+    "poisson": ({"transforms": [CLIP, NOISE], "schedule": {**SMALL["schedule"], "sampling": "poisson"}}, "discrete gaussian"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", ["loop", "vectorised"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_kind_of_noise_ends_a_run_with_what_it_claims(name, trainer, tmp_path):
+    change, mechanism = WHOLE[name]
+    result = ct.run({**SMALL, **change, "backend": {"trainer": trainer}}, out=tmp_path / "r")
+    (claim,) = result.privacy["claims"]
+    assert (result.status, claim["mechanism"]) == ("finished", mechanism)
+    assert 0 < claim["epsilon"] < math.inf
+    assert claim["sampling"]["kind"] == ("poisson" if name == "poisson" else "none")
+    assert all(leaf.isfinite().all() for leaf in result.model["params"].values())
+
+
+def test_poisson_sampling_spends_less_and_a_lost_round_is_credited_none():
+    drawn = {**SMALL["schedule"], "cohort": 2, "sampling": "poisson"}
+    both = [
+        assemble(ct.load({**SMALL, "transforms": [CLIP, NOISE], "schedule": schedule})).promise
+        for schedule in ({**SMALL["schedule"], "cohort": 2, "kind": "hierarchical"}, drawn)
+    ]
+    assert both[1].epsilon(2) < both[0].epsilon(2)
+    lost = replace(both[1], lost=1)
+    assert both[1].epsilon(3) < lost.epsilon(2) < both[0].epsilon(3)
+
+
+@pytest.mark.parametrize("at", ["client", "shares"])
+def test_no_site_leaves_its_noise_out_for_want_of_a_multiplier(at):
+    told = {"kind": "noise", "at": at, "budget": {"epsilon": 50.0, "delta": 1e-3}}
+    told |= {"least": 4} if at == "shares" else {}
+    config = ct.load({**SMALL, "transforms": [CLIP, told], "schedule": QUORUM})
+    with pytest.raises(ct.ConfigError, match="without its multiplier"):
+        algorithm_of(config)
+    found = assemble(config).promise
+    with pytest.raises(ct.ConfigError) as caught:
+        refuse_uncalibrated(config, found)
+    assert f"{found.multiplier:.6g}" in caught.value.hint
+    refuse_uncalibrated(assemble(config).config, found)  # with it, it may travel
+
+
 BATCHNORM = {"kind": "cnn", "channels": [4], "hidden": 8, "norm": "batch"}
 BUDGET = {"kind": "noise", "at": "server"}
 REFUSED = [
@@ -131,6 +199,14 @@ REFUSED = [
     ({"transforms": [CLIP, {**NOISE, "mechanism": "laplace"}]}, "in L1", "order = 1"),
     ({"transforms": [CLIP, {**NOISE, "at": "shares"}]}, "least", "least = 10"),
     ({"transforms": [CLIP, {**NOISE, "at": "shares", "least": 5}]}, "too little noise", "quorum"),
+    (
+        {
+            "transforms": [CLIP, {**NOISE, "at": "shares", "least": 3}],
+            "schedule": {**SMALL["schedule"], "sampling": "poisson", "quorum": 3},
+        },
+        "fewer clients than",
+        "uniform",
+    ),
     ({"transforms": [{"kind": "clip", "adaptive": {}}]}, "only noise protects", "noise transform"),
     ({"transforms": [{"kind": "clipp", "norm": 1.0}]}, "no such kind", "did you mean 'clip'"),
     ({"algorithm": {"kind": "fedavg"}}, "count for more", "uniform"),
