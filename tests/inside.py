@@ -39,7 +39,7 @@ def damage(every):
 
 
 def echo(seed):
-    """Each message is said twice, and old ones are said again later, and two in a row change places."""
+    """Each message is said twice, and old ones are said again later."""
     from coterie.backends.network import hub, link, messages
 
     draw, said = random.Random(seed), {}
@@ -120,6 +120,7 @@ def arm(at, do):
 def main(arguments, fault, stdin, stdout, log):
     """`coterie` with these arguments, as a process of its own."""
     os.setsid()
+    os.environ["PARTY"] = arguments[1]  # for `Deployment.orphans`
     for number, file in enumerate((stdin, stdout)):
         os.dup2(file.fileno(), number)
         file.close()
