@@ -1,0 +1,506 @@
+"""What noisy releases add up to: (epsilon, delta) by dp-accounting, or a refusal where it is not justified.
+
+A `Release` says what is released how often; `account` says what several spend, `calibrate` how much noise a
+budget needs, `most_steps` how many fit into it. Two accountants:
+
+- pld: privacy loss distributions (Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022,
+  arXiv:2207.04380), rounded against us on a grid of losses. Gaussians without sampling have a closed form
+  (Balle, Wang 2018, arXiv:1805.06530), which takes its place. The default where it knows the releases.
+- rdp: Renyi divergences (Mironov 2017, arXiv:1702.07476), for the rest: selection by the exponential
+  mechanism, Skellam noise, and cohorts of a fixed size (Wang, Balle, Kasiviswanathan 2019, arXiv:1808.00087).
+- at delta 0: the sum of the epsilons, each amplified by itself (Balle, Barthe, Gaboardi 2018,
+  arXiv:1807.01647, theorems 8 and 9).
+
+Neighbours: sensitivities and multipliers are those of one record being there or not ("add/remove"; the rest
+of the cohorts stays as it is). Exchanging a record for another ("replace-one") moves a sum twice as far, and
+then counts so. dp-accounting is imported where it is used, for it takes a second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
+
+from coterie.core.errors import ConfigError
+from coterie.core.guarantees import Guarantees, Sampling
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+Mechanism = Literal[
+    "gaussian", "laplace", "exponential", "pure", "discrete_gaussian", "discrete_laplace", "skellam"
+]
+Accountant = Literal["pld", "rdp"]
+Neighbours = Literal["add/remove", "replace-one"]
+
+MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
+NORMAL = ("gaussian", "discrete_gaussian")  # accounted as Gaussian
+PURE = ("laplace", "exponential", "pure", "discrete_laplace")  # 1 / noise is their epsilon at delta 0
+KNOWN: dict[tuple[str, str], tuple[str, ...]] = {  # what dp-accounting has events for
+    ("pld", "none"): (*NORMAL, "laplace", "pure", "discrete_laplace"),
+    ("pld", "poisson"): (*NORMAL, "laplace"),
+    ("pld", "fixed"): (),
+    ("rdp", "none"): MECHANISMS,
+    ("rdp", "poisson"): NORMAL,
+    ("rdp", "fixed"): NORMAL,
+}
+WHOLE_ORDERS = (*range(2, 65), 128, 256, 512, 1024)
+INTERVAL = 1e-4  # of the grid of losses, up to epsilon = 20
+LEAST_DELTA = 1e-12  # below, the rounding of pld's Fourier transforms may count
+HIDDEN = 4  # variance, in squared steps of the grid, that makes a Gaussian discrete
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """Noisy releases of one kind: `steps` of them, each of what `sampling` at `rate` lets in.
+
+    noise, by mechanism, with sensitivities of adding or removing one record; more is more private:
+    gaussian, discrete_gaussian, skellam: standard deviation / L2 sensitivity, the noise multiplier.
+    laplace, discrete_laplace: scale / L1 sensitivity. exponential: 1 / epsilon of a selection (with the
+    bounded range of `mechanisms.exponential`). pure: 1 / epsilon of anything else of pure privacy.
+
+    repeats: how often one record may be in one release.
+    The discrete ones need their sensitivity in steps of the grid, the dimension (coordinates of a release),
+    and where the noise is a sum of independent equal ones, how many honest `shares` it has at least.
+    total_variation: distance of a step's real noise from the ideal one (`noise.total_variation`).
+    Raises ConfigError.
+    """
+
+    mechanism: Mechanism
+    noise: float
+    steps: int = 1
+    sampling: Sampling = "none"
+    rate: float = 1.0
+    repeats: int = 1
+    sensitivity: float | None = None
+    dimension: int | None = None
+    shares: int = 1
+    total_variation: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        _one_of("mechanism", self.mechanism, MECHANISMS)
+        _one_of("sampling", self.sampling, get_args(Sampling))
+        if not 0 < self.noise < math.inf:
+            raise ConfigError(f"noise = {self.noise}: must be a finite number > 0", "without noise, no privacy")
+        for name in ("steps", "repeats", "shares", "dimension"):
+            value = getattr(self, name)
+            if value is not None and (value != int(value) or value < (name != "steps")):
+                raise ConfigError(f"{name} = {value}: must be a whole number >= {int(name != 'steps')}")
+        if not 0 < self.rate <= 1:
+            raise ConfigError(f"rate = {self.rate}: must be in (0, 1]", "it is cohort / population")
+        if self.sampling == "none" and self.rate != 1:
+            raise ConfigError(
+                f"rate = {self.rate} without sampling: nothing would be credited for it",
+                'say which sampling it is: "poisson" or "fixed"',
+            )
+        if self.mechanism not in ("discrete_gaussian", "discrete_laplace", "skellam"):
+            return
+        if self.sensitivity is None or not 1 <= self.sensitivity < math.inf or self.dimension is None:
+            raise ConfigError(
+                f"{self.mechanism}(sensitivity={self.sensitivity}, dimension={self.dimension}): "
+                "noise on a grid needs both, the sensitivity in steps of the grid and at least 1",
+            )
+        if self.mechanism == "discrete_gaussian" and self._share() < 1:
+            raise ConfigError(
+                f"discrete_gaussian: each of {self.shares} shares has a standard deviation of "
+                f"{self._share():.3g} steps of the grid; it must be at least 1",
+                "use a finer grid",
+            )
+
+    def _share(self) -> float:
+        """The standard deviation of a share, in steps of the grid."""
+        return self.noise * (self.sensitivity or 1) / math.sqrt(self.shares)
+
+    def distance(self) -> float:
+        """Of a step, in total variation, from the noise that it is accounted as.
+
+        A discrete Gaussian of variance v is a continuous one of variance v - t^2 that is rounded at random to
+        a discrete Gaussian of variance t^2 around it: what the rounding adds is independent of the data, so
+        all that holds for the continuous one holds here, with sampling too and in any dimension. Their laws
+        agree up to 5 exp(-2 pi^2 t^2) < 2^-110 a coordinate for t = 2 (Peikert 2010, eprint 2010/088,
+        theorem 3.1; the Renyi divergences of Canonne, Kamath, Steinke 2020, arXiv:2004.00010, are even those
+        of v itself). A sum of n shares of variance s^2 each is discrete Gaussian up to
+        10 sum_(k<n) exp(-2 pi^2 s^2 k / (k + 1)) a coordinate (Kairouz, Liu, Steinke 2021, arXiv:2102.06387).
+        """
+        if self.mechanism != "discrete_gaussian":
+            return self.total_variation
+        last, square = min(self.shares, 1000), (math.pi * self._share()) ** 2
+        sums = [math.exp(-2 * square * k / (k + 1)) for k in range(1, last)]
+        apart = 10 * (sum(sums) + (self.shares - last) * (sums[-1] if sums else 0))
+        return self.total_variation + (self.dimension or 1) * (2.0**-110 + apart)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What releases spend, for which neighbours, by which accountant, and what that rests on."""
+
+    epsilon: float
+    delta: float
+    accountant: Literal["pld", "rdp", "pure"]
+    neighbours: Neighbours
+    assumptions: tuple[str, ...]
+
+
+def under(release: Release, guarantees: Guarantees, rounds: int | None = None) -> Release:
+    """The release in so many rounds (None: all) of a schedule, credited with what the schedule guarantees.
+
+    `most_steps` of it counts participations: times `guarantees.separation`, these are rounds.
+    """
+    return replace(
+        release,
+        steps=guarantees.participations(rounds),
+        sampling=guarantees.sampling,
+        rate=guarantees.rate,
+        repeats=guarantees.repeats,
+    )
+
+
+def account(
+    releases: Sequence[Release],
+    *,
+    delta: float,
+    accountant: Accountant | None = None,
+    neighbours: Neighbours | None = None,
+) -> Spent:
+    """What the releases spend together, in any order, each chosen in the light of those before.
+
+    accountant: None takes pld, or rdp where pld does not know the releases. neighbours: None takes
+    "replace-one" for cohorts of a fixed size, else "add/remove". Real noise that is not quite ideal adds
+    (1 + e^epsilon) times its distance to delta. delta may be 0 for pure mechanisms.
+    Raises ConfigError.
+    """
+    if not 0 <= delta < 1:
+        raise ConfigError(f"delta = {delta}: must be in (0, 1)", "well below 1 / clients, for example 1e-5")
+    fixed = any(each.sampling == "fixed" for each in releases)
+    between = neighbours or ("replace-one" if fixed else "add/remove")
+    _one_of("neighbours", between, get_args(Neighbours))
+    if fixed != (between == "replace-one") and any(each.sampling != "none" for each in releases):
+        raise ConfigError(
+            f"neighbours = {between!r}: poisson sampling is accounted for add/remove, sampling of a fixed "
+            "size for replace-one",
+            "leave neighbours out",
+        )
+    if any(each.sampling == "poisson" for each in releases) and fixed:
+        raise ConfigError("poisson and fixed sampling together: no accountant adds them up", 'credit "none"')
+    live = [each for each in releases if each.steps]
+    distance = sum(each.steps * each.distance() for each in live)
+    told = _assumptions(live, between, distance)
+    if delta == 0:
+        return Spent(_pure(live, between, distance), 0.0, "pure", between, told)
+    name = accountant or _knows(live, delta)
+    _refuse_unknown(name, live, delta)
+
+    def at(delta: float) -> float:
+        return _pld(live, between, delta) if name == "pld" else _rdp(live, between, delta)
+
+    return Spent(at(delta) if not distance else _apart(at, delta, distance), delta, name, between, told)
+
+
+def calibrate(
+    release: Release,
+    *,
+    epsilon: float,
+    delta: float,
+    accountant: Accountant | None = None,
+    neighbours: Neighbours | None = None,
+    before: Sequence[Release] = (),
+    tolerance: float = TOLERANCE,
+) -> float:
+    """The least `noise` with which the release stays within (epsilon, delta), after those `before` it.
+
+    Spends at most epsilon, always; the least noise is above the result / (1 + tolerance). The release's own
+    noise is not looked at. Raises ConfigError, also where `before` leaves nothing to spend.
+    """
+    _budget(epsilon)
+
+    def spends(noise: float, by: Accountant | None = accountant) -> float:
+        made = (*before, replace(release, noise=noise))
+        return account(made, delta=delta, accountant=by, neighbours=neighbours).epsilon
+
+    start = max(release.noise, 1.0)
+    if delta and (accountant or _knows((*before, release), delta)) == "pld":
+        try:  # a fiftieth of the time, and rarely a third off
+            start = _least(lambda noise: spends(noise, "rdp"), epsilon, start, 2.0, 0.01)
+        except ConfigError:
+            pass
+    return _least(spends, epsilon, start, 1.25, tolerance)
+
+
+def most_steps(
+    release: Release,
+    *,
+    epsilon: float,
+    delta: float,
+    accountant: Accountant | None = None,
+    neighbours: Neighbours | None = None,
+    before: Sequence[Release] = (),
+    most: int = 10**7,
+) -> int:
+    """How many steps of the release stay within (epsilon, delta), after those `before` it; `most` at most.
+
+    The release's own steps are not looked at. Raises ConfigError.
+    """
+    _budget(epsilon)
+
+    def fits(steps: int) -> bool:
+        made = (*before, replace(release, steps=steps))
+        return account(made, delta=delta, accountant=accountant, neighbours=neighbours).epsilon <= epsilon
+
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def together(*multipliers: float) -> float:
+    """The multiplier of several Gaussian releases of one sample, as one."""
+    return sum(each**-2 for each in multipliers) ** -0.5
+
+
+def besides_bits(multiplier: float, bits: float) -> float:
+    """The multiplier of the update under adaptive clipping, if all of a round is to have `multiplier`.
+
+    bits: standard deviation of the noise on the sum of the bits b - 1/2, whose sensitivity is 1/2. From
+    multiplier^-2 = z^-2 + (2 bits)^-2 (Andrew, Thakkar, McMahan, Ramaswamy 2021, arXiv:1905.03871, theorem 1).
+    Raises ConfigError where the bits alone spend more.
+    """
+    if not 2 * bits > multiplier > 0:
+        raise ConfigError(
+            f"bits = {bits}: at noise multiplier {multiplier} the clipped-or-not bits alone would spend more",
+            f"more than {multiplier / 2:.4g}; a twentieth of the cohort is usual",
+        )
+    return float((multiplier**-2 - (2 * bits) ** -2) ** -0.5)
+
+
+def _pld(releases: Sequence[Release], between: Neighbours, delta: float) -> float:
+    from dp_accounting import dp_event, get_epsilon_gaussian, pld  # noqa: PLC0415
+
+    if all(each.mechanism in NORMAL and each.sampling == "none" for each in releases):
+        precision = sum(each.steps * _multiplier(each, _by(each, between)) ** -2 for each in releases)
+        return float(get_epsilon_gaussian(precision**-0.5, delta)) if precision else 0.0
+    try:
+        rough = _rdp(releases, between, delta) if _supported("rdp", releases) else _pure(releases, between)
+    except OverflowError:
+        rough = math.inf
+    wider = 2.0 ** min(max(math.floor(math.log2(max(rough, 1) / 10)), 0), 20) if rough < math.inf else 2.0**20
+    found = pld.PLDAccountant(value_discretization_interval=INTERVAL * wider)
+    for each in releases:
+        by = _by(each, between)
+        event: DpEvent
+        if each.mechanism == "laplace":
+            event = dp_event.LaplaceDpEvent(each.noise / by)
+        elif each.mechanism in NORMAL:
+            event = dp_event.GaussianDpEvent(_multiplier(each, by))
+        else:
+            event = dp_event.DiscreteLaplaceDpEvent(*_geometric(each, by))
+        if each.sampling == "poisson":
+            event = dp_event.PoissonSampledDpEvent(each.rate, event)
+        found.compose(event, each.steps)
+    return float(found.get_epsilon(delta))
+
+
+def _rdp(releases: Sequence[Release], between: Neighbours, delta: float) -> float:
+    from dp_accounting import NeighboringRelation, dp_event, rdp  # noqa: PLC0415
+
+    fixed = any(each.sampling == "fixed" for each in releases)
+    found = rdp.RdpAccountant(
+        WHOLE_ORDERS if any(each.mechanism == "skellam" for each in releases) else None,
+        NeighboringRelation.REPLACE_ONE if fixed else NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )
+    for each in releases:
+        by = _by(each, between)
+        event: DpEvent
+        if each.mechanism == "laplace":
+            event = dp_event.LaplaceDpEvent(each.noise / by)
+        elif each.mechanism in NORMAL:
+            event = dp_event.GaussianDpEvent(_multiplier(each, by))
+        elif each.mechanism == "exponential":  # Cesar, Rogers 2021, arXiv:2004.07223: bounded range
+            event = dp_event.ZCDpEvent((by / each.noise) ** 2 / 8)
+        elif each.mechanism == "skellam":
+            event = dp_event.ZCDpEvent(*_skellam(each, by))
+        else:  # Bun, Steinke 2016, arXiv:1605.02065, proposition 1.4
+            event = dp_event.ZCDpEvent((by / each.noise) ** 2 / 2)
+        if each.sampling == "poisson":
+            event = dp_event.PoissonSampledDpEvent(each.rate, event)
+        elif each.sampling == "fixed":  # only the ratio counts; multipliers are those of replace-one already
+            size, among = each.rate.as_integer_ratio()
+            event = dp_event.SampledWithoutReplacementDpEvent(among, size, event)
+        found.compose(event, each.steps)
+    return float(found.get_epsilon(delta))
+
+
+def _pure(releases: Sequence[Release], between: Neighbours, distance: float = 0.0) -> float:
+    """The sum of the epsilons at delta 0."""
+    rest = [each.mechanism for each in releases if each.mechanism not in PURE]
+    if rest or distance:
+        raise ConfigError(
+            f"delta = 0: {rest[0] if rest else 'real noise, which is not quite ideal,'} needs a delta > 0",
+            "well below 1 / clients, for example 1e-5",
+        )
+
+    def once(each: Release) -> float:
+        epsilon = _by(each, between) / each.noise
+        if each.rate == 1 or epsilon > 700:
+            return epsilon
+        return math.log1p(each.rate * math.expm1(epsilon))
+
+    return sum(each.steps * once(each) for each in releases)
+
+
+def _by(release: Release, between: Neighbours) -> int:
+    """How many times the sensitivity a release may move."""
+    return release.repeats * (2 if between == "replace-one" else 1)
+
+
+def _multiplier(release: Release, by: int) -> float:
+    """Of the continuous Gaussian that a release is at least as private as."""
+    if release.mechanism == "gaussian":
+        return release.noise / by
+    variance = (release.noise * (release.sensitivity or 1)) ** 2
+    return release.noise * math.sqrt(1 - HIDDEN / variance) / by if variance > HIDDEN else 1e-9
+
+
+def _geometric(release: Release, by: int) -> tuple[float, int]:
+    """Parameter and sensitivity, on a grid of at most 1024 steps.
+
+    Noise on a fine grid is that on a coarser one and digits of its own (a geometric variable is made of
+    independent digits), so it is at least as private; one step of sensitivity is the worst of pure privacy.
+    """
+    if release.mechanism == "pure":
+        return by / release.noise, 1
+    sensitivity = math.ceil(release.sensitivity or 1)
+    step = math.ceil(by * sensitivity / 1024)
+    return step / (release.noise * sensitivity), math.ceil(by * sensitivity / step)
+
+
+def _skellam(release: Release, by: int) -> tuple[float, float]:
+    """(rho, xi): the divergence of each whole order a is at most xi + rho a.
+
+    Agarwal, Kairouz, Liu 2021, arXiv:2110.04995, theorem 3.5, for a variance v:
+    a D2^2 / 2v + min(((2a - 1) D2^2 + 6 D1) / 4v^2, 3 D1 / 2v). Sums of shares are Skellam too.
+    """
+    norm = (release.sensitivity or 1) * by
+    variance = (release.noise * (release.sensitivity or 1)) ** 2
+    sum_of = min(math.sqrt(release.dimension or 1) * norm, norm**2)  # L1, of whole numbers
+    near = norm**2 / (2 * variance)
+    finer = near + near / variance, max(6 * sum_of - norm**2, 0) / (4 * variance**2)
+    return min(finer, (near, 3 * sum_of / (2 * variance)), key=lambda it: it[1] + 16 * it[0])
+
+
+def _apart(at: Callable[[float], float], delta: float, distance: float) -> float:
+    """Epsilon at delta, where part of delta goes to noise that is not ideal; as small a part as will do."""
+    for part in (1e-9, 1e-6, 1e-3, 0.1, 0.5):
+        epsilon = at(delta * (1 - part))
+        if epsilon < 700 and (1 + math.exp(epsilon)) * distance <= delta * part:
+            return epsilon
+    raise ConfigError(
+        f"the noise is {distance:.3g} away from ideal noise, which is too much for delta = {delta:.3g} at "
+        f"epsilon = {epsilon:.3g}",
+        "use a finer grid, more noise, fewer draws or a larger delta",
+    )
+
+
+def _supported(accountant: str, releases: Sequence[Release]) -> bool:
+    return all(each.mechanism in KNOWN[accountant, each.sampling] for each in releases)
+
+
+def _knows(releases: Sequence[Release], delta: float) -> Accountant:
+    sampled = any(each.sampling != "none" for each in releases)
+    return "pld" if _supported("pld", releases) and not (sampled and delta < LEAST_DELTA) else "rdp"
+
+
+def _refuse_unknown(accountant: Accountant, releases: Sequence[Release], delta: float) -> None:
+    _one_of("accountant", accountant, get_args(Accountant))
+    for each in releases:
+        if each.mechanism in KNOWN[accountant, each.sampling]:
+            continue
+        others = [name for name in get_args(Accountant) if each.mechanism in KNOWN[name, each.sampling]]
+        raise ConfigError(
+            f"accountant = {accountant!r}: it has no event for {each.mechanism} with "
+            f"{'no' if each.sampling == 'none' else each.sampling} sampling",
+            f"use accountant = {others[0]!r}" if others else 'sampling = "none" credits no amplification',
+        )
+    if accountant == "pld" and delta < LEAST_DELTA and _knows(releases, delta) == "rdp":
+        raise ConfigError(
+            f"delta = {delta}: below {LEAST_DELTA} the rounding of pld's sums may count",
+            "use accountant = 'rdp'",
+        )
+
+
+def _assumptions(releases: Sequence[Release], between: Neighbours, distance: float) -> tuple[str, ...]:
+    told = {
+        "add/remove": "neighbours differ in one record being there or not; all else about the cohorts stays",
+        "replace-one": "neighbours differ in one record being exchanged for another",
+    }[between]
+    made = [told]
+    for kind in sorted({each.sampling for each in releases}):
+        made.append(
+            {
+                "none": "no amplification by sampling is credited: a record may be in every step",
+                "poisson": "each record is in each step independently with the sampling rate",
+                "fixed": "each step's cohort is drawn anew, uniformly among all of its size",
+            }[kind]
+        )
+    if any(each.sampling != "none" for each in releases):
+        made.append("who is in a step stays secret: whoever knows the seed of the draws knows it")
+    if any(each.mechanism == "exponential" for each in releases):
+        made.append("selections have bounded range, as the exponential mechanism has")
+    if any(each.shares > 1 for each in releases):
+        made.append("the honest shares all arrive, and only their sum is seen")
+    if distance:
+        made.append(f"real noise is {distance:.2g} from ideal in total variation, which delta includes")
+    return tuple(made)
+
+
+def _least(
+    spends: Callable[[float], float], epsilon: float, start: float, factor: float, tolerance: float
+) -> float:
+    """The least noise within the tolerance that spends at most epsilon; interpolates between logarithms."""
+    low, high, over, within = 0.0, math.inf, math.inf, 0.0
+    noise = start
+    for turn in range(400):
+        spent = spends(noise)
+        if spent <= epsilon:
+            high, within = noise, spent
+        else:
+            low, over = noise, spent
+        if high == math.inf:
+            noise *= factor
+            factor = min(factor**2, 16)
+            if noise > 1e12:
+                break
+        elif low == 0:
+            noise /= factor
+            factor = min(factor**2, 16)
+            if noise < 1e-6:
+                return high
+        elif high <= low * (1 + tolerance):
+            return high
+        else:
+            noise = math.sqrt(low * high)
+            if turn % 3 and 0 < within < over < math.inf:
+                share = math.log(over / epsilon) / math.log(over / within)
+                guess = low * (high / low) ** share * (1 + tolerance / 3) ** (1 if turn % 3 == 1 else -1)
+                noise = guess if low < guess < high else noise
+    raise ConfigError(
+        f"epsilon = {epsilon}: no amount of noise keeps within it",
+        "raise epsilon: what was released before has spent it, or the grid is too coarse",
+    )
+
+
+def _budget(epsilon: float) -> None:
+    if not 0 < epsilon < math.inf:
+        raise ConfigError(f"epsilon = {epsilon}: must be a finite number > 0", "1 is strong, 8 is usual")
+
+
+def _one_of(name: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(known)}")
