@@ -1,7 +1,7 @@
 """What noisy releases add up to: (epsilon, delta) by dp-accounting, or a refusal where it is not justified.
 
-A `Release` says what is released how often; `account` says what several spend, `calibrate` how much noise a
-budget needs, `most_steps` how many fit into it. Two accountants:
+A `Release` says what is released how often; `account` says what several spend (how much noise a budget needs
+is in `budgets`). Two accountants:
 
 - pld: privacy loss distributions (Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022,
   arXiv:2207.04380), rounded against us on a grid of losses. Gaussians without sampling have a closed form
@@ -27,7 +27,7 @@ from coterie.core.errors import ConfigError
 from coterie.core.guarantees import Guarantees, Sampling
 
 if TYPE_CHECKING:
-    from dp_accounting import DpEvent
+    from dp_accounting import DpEvent  # type: ignore[import-untyped]
 
 Mechanism = Literal[
     "gaussian", "laplace", "exponential", "pure", "discrete_gaussian", "discrete_laplace", "skellam"
@@ -47,10 +47,9 @@ KNOWN: dict[tuple[str, str], tuple[str, ...]] = {  # what dp-accounting has even
     ("rdp", "fixed"): NORMAL,
 }
 WHOLE_ORDERS = (*range(2, 65), 128, 256, 512, 1024)
-INTERVAL = 1e-4  # of the grid of losses, up to epsilon = 20
+INTERVAL = 1e-4  # of the grid of losses, up to epsilon = 5
 LEAST_DELTA = 1e-12  # below, the rounding of pld's Fourier transforms may count
 HIDDEN = 4  # variance, in squared steps of the grid, that makes a Gaussian discrete
-TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,9 @@ class Release:
         _one_of("mechanism", self.mechanism, MECHANISMS)
         _one_of("sampling", self.sampling, get_args(Sampling))
         if not 0 < self.noise < math.inf:
-            raise ConfigError(f"noise = {self.noise}: must be a finite number > 0", "without noise, no privacy")
+            raise ConfigError(
+                f"noise = {self.noise}: must be a finite number > 0", "without noise, no privacy"
+            )
         for name in ("steps", "repeats", "shares", "dimension"):
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < (name != "steps")):
@@ -104,16 +105,6 @@ class Release:
                 f"{self.mechanism}(sensitivity={self.sensitivity}, dimension={self.dimension}): "
                 "noise on a grid needs both, the sensitivity in steps of the grid and at least 1",
             )
-        if self.mechanism == "discrete_gaussian" and self._share() < 1:
-            raise ConfigError(
-                f"discrete_gaussian: each of {self.shares} shares has a standard deviation of "
-                f"{self._share():.3g} steps of the grid; it must be at least 1",
-                "use a finer grid",
-            )
-
-    def _share(self) -> float:
-        """The standard deviation of a share, in steps of the grid."""
-        return self.noise * (self.sensitivity or 1) / math.sqrt(self.shares)
 
     def distance(self) -> float:
         """Of a step, in total variation, from the noise that it is accounted as.
@@ -128,10 +119,17 @@ class Release:
         """
         if self.mechanism != "discrete_gaussian":
             return self.total_variation
-        last, square = min(self.shares, 1000), (math.pi * self._share()) ** 2
-        sums = [math.exp(-2 * square * k / (k + 1)) for k in range(1, last)]
-        apart = 10 * (sum(sums) + (self.shares - last) * (sums[-1] if sums else 0))
+        variance = self.variance() / self.shares
+        if variance < 1 or self.variance() < 2 * HIDDEN:
+            return 1.0
+        last = min(self.shares, 1000)  # the terms fall: those after it count as it does
+        sums = [math.exp(-2 * math.pi**2 * variance * k / (k + 1)) for k in range(1, last)]
+        apart = 10 * (sum(sums) + (self.shares - last) * min(sums, default=0))
         return self.total_variation + (self.dimension or 1) * (2.0**-110 + apart)
+
+    def variance(self) -> float:
+        """Of discrete noise, in squared steps of the grid."""
+        return (self.noise * (self.sensitivity or 1)) ** 2
 
 
 @dataclass(frozen=True)
@@ -171,8 +169,27 @@ def account(
     accountant: None takes pld, or rdp where pld does not know the releases. neighbours: None takes
     "replace-one" for cohorts of a fixed size, else "add/remove". Real noise that is not quite ideal adds
     (1 + e^epsilon) times its distance to delta. delta may be 0 for pure mechanisms.
-    Raises ConfigError.
+    Raises ConfigError, also where no finite epsilon holds.
     """
+    spent = bound(releases, delta=delta, accountant=accountant, neighbours=neighbours)
+    if spent.epsilon == math.inf:
+        distance = sum(each.steps * each.distance() for each in releases)
+        raise ConfigError(
+            f"no finite epsilon holds at delta = {delta}"
+            + (f": the noise is {distance:.2g} away from ideal noise" if distance else ""),
+            "use more noise, fewer steps or a larger delta" + (", or a finer grid" if distance else ""),
+        )
+    return spent
+
+
+def bound(
+    releases: Sequence[Release],
+    *,
+    delta: float,
+    accountant: Accountant | None = None,
+    neighbours: Neighbours | None = None,
+) -> Spent:
+    """As `account`, but with an infinite epsilon where no finite one holds: what a search goes by."""
     if not 0 <= delta < 1:
         raise ConfigError(f"delta = {delta}: must be in (0, 1)", "well below 1 / clients, for example 1e-5")
     fixed = any(each.sampling == "fixed" for each in releases)
@@ -191,7 +208,7 @@ def account(
     told = _assumptions(live, between, distance)
     if delta == 0:
         return Spent(_pure(live, between, distance), 0.0, "pure", between, told)
-    name = accountant or _knows(live, delta)
+    name = accountant or chosen(live, delta)
     _refuse_unknown(name, live, delta)
 
     def at(delta: float) -> float:
@@ -200,76 +217,16 @@ def account(
     return Spent(at(delta) if not distance else _apart(at, delta, distance), delta, name, between, told)
 
 
-def calibrate(
-    release: Release,
-    *,
-    epsilon: float,
-    delta: float,
-    accountant: Accountant | None = None,
-    neighbours: Neighbours | None = None,
-    before: Sequence[Release] = (),
-    tolerance: float = TOLERANCE,
-) -> float:
-    """The least `noise` with which the release stays within (epsilon, delta), after those `before` it.
-
-    Spends at most epsilon, always; the least noise is above the result / (1 + tolerance). The release's own
-    noise is not looked at. Raises ConfigError, also where `before` leaves nothing to spend.
-    """
-    _budget(epsilon)
-
-    def spends(noise: float, by: Accountant | None = accountant) -> float:
-        made = (*before, replace(release, noise=noise))
-        return account(made, delta=delta, accountant=by, neighbours=neighbours).epsilon
-
-    start = max(release.noise, 1.0)
-    if delta and (accountant or _knows((*before, release), delta)) == "pld":
-        try:  # a fiftieth of the time, and rarely a third off
-            start = _least(lambda noise: spends(noise, "rdp"), epsilon, start, 2.0, 0.01)
-        except ConfigError:
-            pass
-    return _least(spends, epsilon, start, 1.25, tolerance)
-
-
-def most_steps(
-    release: Release,
-    *,
-    epsilon: float,
-    delta: float,
-    accountant: Accountant | None = None,
-    neighbours: Neighbours | None = None,
-    before: Sequence[Release] = (),
-    most: int = 10**7,
-) -> int:
-    """How many steps of the release stay within (epsilon, delta), after those `before` it; `most` at most.
-
-    The release's own steps are not looked at. Raises ConfigError.
-    """
-    _budget(epsilon)
-
-    def fits(steps: int) -> bool:
-        made = (*before, replace(release, steps=steps))
-        return account(made, delta=delta, accountant=accountant, neighbours=neighbours).epsilon <= epsilon
-
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def together(*multipliers: float) -> float:
     """The multiplier of several Gaussian releases of one sample, as one."""
-    return sum(each**-2 for each in multipliers) ** -0.5
+    return 1 / math.sqrt(sum(each**-2 for each in multipliers))
 
 
 def besides_bits(multiplier: float, bits: float) -> float:
     """The multiplier of the update under adaptive clipping, if all of a round is to have `multiplier`.
 
     bits: standard deviation of the noise on the sum of the bits b - 1/2, whose sensitivity is 1/2. From
-    multiplier^-2 = z^-2 + (2 bits)^-2 (Andrew, Thakkar, McMahan, Ramaswamy 2021, arXiv:1905.03871, theorem 1).
+    multiplier^-2 = z^-2 + (2 bits)^-2 (Andrew et al. 2021, arXiv:1905.03871, theorem 1).
     Raises ConfigError where the bits alone spend more.
     """
     if not 2 * bits > multiplier > 0:
@@ -277,7 +234,7 @@ def besides_bits(multiplier: float, bits: float) -> float:
             f"bits = {bits}: at noise multiplier {multiplier} the clipped-or-not bits alone would spend more",
             f"more than {multiplier / 2:.4g}; a twentieth of the cohort is usual",
         )
-    return float((multiplier**-2 - (2 * bits) ** -2) ** -0.5)
+    return 1 / math.sqrt(multiplier**-2 - (2 * bits) ** -2)
 
 
 def _pld(releases: Sequence[Release], between: Neighbours, delta: float) -> float:
@@ -287,10 +244,12 @@ def _pld(releases: Sequence[Release], between: Neighbours, delta: float) -> floa
         precision = sum(each.steps * _multiplier(each, _by(each, between)) ** -2 for each in releases)
         return float(get_epsilon_gaussian(precision**-0.5, delta)) if precision else 0.0
     try:
-        rough = _rdp(releases, between, delta) if _supported("rdp", releases) else _pure(releases, between)
+        rough = _rdp(releases, between, delta) if supported("rdp", releases) else _pure(releases, between)
     except OverflowError:
         rough = math.inf
-    wider = 2.0 ** min(max(math.floor(math.log2(max(rough, 1) / 10)), 0), 20) if rough < math.inf else 2.0**20
+    wider = (
+        2.0 ** min(max(math.floor(math.log2(max(rough, 1) / 2.5)), 0), 20) if rough < math.inf else 2.0**20
+    )
     found = pld.PLDAccountant(value_discretization_interval=INTERVAL * wider)
     for each in releases:
         by = _by(each, between)
@@ -364,8 +323,7 @@ def _multiplier(release: Release, by: int) -> float:
     """Of the continuous Gaussian that a release is at least as private as."""
     if release.mechanism == "gaussian":
         return release.noise / by
-    variance = (release.noise * (release.sensitivity or 1)) ** 2
-    return release.noise * math.sqrt(1 - HIDDEN / variance) / by if variance > HIDDEN else 1e-9
+    return release.noise * math.sqrt(1 - HIDDEN / release.variance()) / by
 
 
 def _geometric(release: Release, by: int) -> tuple[float, int]:
@@ -388,7 +346,7 @@ def _skellam(release: Release, by: int) -> tuple[float, float]:
     a D2^2 / 2v + min(((2a - 1) D2^2 + 6 D1) / 4v^2, 3 D1 / 2v). Sums of shares are Skellam too.
     """
     norm = (release.sensitivity or 1) * by
-    variance = (release.noise * (release.sensitivity or 1)) ** 2
+    variance = release.variance()
     sum_of = min(math.sqrt(release.dimension or 1) * norm, norm**2)  # L1, of whole numbers
     near = norm**2 / (2 * variance)
     finer = near + near / variance, max(6 * sum_of - norm**2, 0) / (4 * variance**2)
@@ -398,23 +356,22 @@ def _skellam(release: Release, by: int) -> tuple[float, float]:
 def _apart(at: Callable[[float], float], delta: float, distance: float) -> float:
     """Epsilon at delta, where part of delta goes to noise that is not ideal; as small a part as will do."""
     for part in (1e-9, 1e-6, 1e-3, 0.1, 0.5):
-        epsilon = at(delta * (1 - part))
-        if epsilon < 700 and (1 + math.exp(epsilon)) * distance <= delta * part:
-            return epsilon
-    raise ConfigError(
-        f"the noise is {distance:.3g} away from ideal noise, which is too much for delta = {delta:.3g} at "
-        f"epsilon = {epsilon:.3g}",
-        "use a finer grid, more noise, fewer draws or a larger delta",
-    )
+        if 2 * distance <= delta * part:  # else no epsilon will do
+            epsilon = at(delta * (1 - part))
+            if epsilon < 700 and (1 + math.exp(epsilon)) * distance <= delta * part:
+                return epsilon
+    return math.inf
 
 
-def _supported(accountant: str, releases: Sequence[Release]) -> bool:
+def supported(accountant: Accountant, releases: Sequence[Release]) -> bool:
+    """Does the accountant know all of these?"""
     return all(each.mechanism in KNOWN[accountant, each.sampling] for each in releases)
 
 
-def _knows(releases: Sequence[Release], delta: float) -> Accountant:
+def chosen(releases: Sequence[Release], delta: float) -> Accountant:
+    """The accountant that None stands for."""
     sampled = any(each.sampling != "none" for each in releases)
-    return "pld" if _supported("pld", releases) and not (sampled and delta < LEAST_DELTA) else "rdp"
+    return "pld" if supported("pld", releases) and not (sampled and delta < LEAST_DELTA) else "rdp"
 
 
 def _refuse_unknown(accountant: Accountant, releases: Sequence[Release], delta: float) -> None:
@@ -428,7 +385,7 @@ def _refuse_unknown(accountant: Accountant, releases: Sequence[Release], delta: 
             f"{'no' if each.sampling == 'none' else each.sampling} sampling",
             f"use accountant = {others[0]!r}" if others else 'sampling = "none" credits no amplification',
         )
-    if accountant == "pld" and delta < LEAST_DELTA and _knows(releases, delta) == "rdp":
+    if accountant == "pld" and delta < LEAST_DELTA and chosen(releases, delta) == "rdp":
         raise ConfigError(
             f"delta = {delta}: below {LEAST_DELTA} the rounding of pld's sums may count",
             "use accountant = 'rdp'",
@@ -458,47 +415,6 @@ def _assumptions(releases: Sequence[Release], between: Neighbours, distance: flo
     if distance:
         made.append(f"real noise is {distance:.2g} from ideal in total variation, which delta includes")
     return tuple(made)
-
-
-def _least(
-    spends: Callable[[float], float], epsilon: float, start: float, factor: float, tolerance: float
-) -> float:
-    """The least noise within the tolerance that spends at most epsilon; interpolates between logarithms."""
-    low, high, over, within = 0.0, math.inf, math.inf, 0.0
-    noise = start
-    for turn in range(400):
-        spent = spends(noise)
-        if spent <= epsilon:
-            high, within = noise, spent
-        else:
-            low, over = noise, spent
-        if high == math.inf:
-            noise *= factor
-            factor = min(factor**2, 16)
-            if noise > 1e12:
-                break
-        elif low == 0:
-            noise /= factor
-            factor = min(factor**2, 16)
-            if noise < 1e-6:
-                return high
-        elif high <= low * (1 + tolerance):
-            return high
-        else:
-            noise = math.sqrt(low * high)
-            if turn % 3 and 0 < within < over < math.inf:
-                share = math.log(over / epsilon) / math.log(over / within)
-                guess = low * (high / low) ** share * (1 + tolerance / 3) ** (1 if turn % 3 == 1 else -1)
-                noise = guess if low < guess < high else noise
-    raise ConfigError(
-        f"epsilon = {epsilon}: no amount of noise keeps within it",
-        "raise epsilon: what was released before has spent it, or the grid is too coarse",
-    )
-
-
-def _budget(epsilon: float) -> None:
-    if not 0 < epsilon < math.inf:
-        raise ConfigError(f"epsilon = {epsilon}: must be a finite number > 0", "1 is strong, 8 is usual")
 
 
 def _one_of(name: str, value: object, known: Sequence[str]) -> None:
