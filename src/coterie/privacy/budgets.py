@@ -32,7 +32,8 @@ def calibrate(
     """The least `noise` with which the release stays within (epsilon, delta), after those `before` it.
 
     Spends at most epsilon, always; the least noise is above the result / (1 + tolerance). The search starts
-    from the release's own noise, which does not change the answer otherwise. Raises ConfigError, also where `before` leaves nothing to spend.
+    from the release's own noise, which the answer does not depend on otherwise.
+    Raises ConfigError, also where `before` leaves nothing to spend.
     """
     _budget(epsilon)
 
