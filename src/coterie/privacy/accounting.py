@@ -18,6 +18,7 @@ then counts so. dp-accounting is imported where it is used, for it takes a secon
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -243,13 +244,10 @@ def _pld(releases: Sequence[Release], between: Neighbours, delta: float) -> floa
     if all(each.mechanism in NORMAL and each.sampling == "none" for each in releases):
         precision = sum(each.steps * _multiplier(each, _by(each, between)) ** -2 for each in releases)
         return float(get_epsilon_gaussian(precision**-0.5, delta)) if precision else 0.0
-    try:
-        rough = _rdp(releases, between, delta) if supported("rdp", releases) else _pure(releases, between)
-    except OverflowError:
-        rough = math.inf
-    wider = (
-        2.0 ** min(max(math.floor(math.log2(max(rough, 1) / 2.5)), 0), 20) if rough < math.inf else 2.0**20
-    )
+    known = [each for each in releases if supported("rdp", (each,))]
+    rest = [each for each in releases if each not in known]
+    rough = _rdp(known, between, delta, WHOLE_ORDERS) + _pure(rest, between)
+    wider = 2.0 ** math.floor(math.log2(min(max(rough / 2.5, 1), 2.0**20)))
     found = pld.PLDAccountant(value_discretization_interval=INTERVAL * wider)
     for each in releases:
         by = _by(each, between)
@@ -266,12 +264,15 @@ def _pld(releases: Sequence[Release], between: Neighbours, delta: float) -> floa
     return float(found.get_epsilon(delta))
 
 
-def _rdp(releases: Sequence[Release], between: Neighbours, delta: float) -> float:
+def _rdp(
+    releases: Sequence[Release], between: Neighbours, delta: float, orders: Sequence[float] | None = None
+) -> float:
     from dp_accounting import NeighboringRelation, dp_event, rdp  # noqa: PLC0415
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of each order that it safely leaves out
     fixed = any(each.sampling == "fixed" for each in releases)
     found = rdp.RdpAccountant(
-        WHOLE_ORDERS if any(each.mechanism == "skellam" for each in releases) else None,
+        WHOLE_ORDERS if any(each.mechanism == "skellam" for each in releases) else orders,
         NeighboringRelation.REPLACE_ONE if fixed else NeighboringRelation.ADD_OR_REMOVE_ONE,
     )
     for each in releases:
