@@ -32,6 +32,7 @@ from coterie.core.gather import (
     take,
     unfolded,
 )
+from coterie.core.guarantees import Guarantees
 from coterie.core.seeds import Key, derive, rng, seeded, uniform
 from coterie.core.types import (
     Action,
@@ -56,9 +57,9 @@ from coterie.core.types import (
 
 __all__ = [
     "Action", "Aggregator", "Algorithm", "Backend", "Cancel", "ClientId", "ClientWork", "Commit",
-    "ConfigError", "CoterieError", "DataError", "Event", "Fenced", "Fold", "Gathered", "Interrupted",
-    "Key", "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost", "Reply",
-    "RunError", "Schedule", "Task", "Tick", "Timer", "Tree", "accept", "ask", "awaits", "derive", "drive",
-    "empty", "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take", "unfolded",
+    "ConfigError", "CoterieError", "DataError", "Event", "Fenced", "Fold", "Gathered", "Guarantees",
+    "Interrupted", "Key", "Lost", "NonFinite", "OnNan", "Optimizer", "OutOfRange", "Plan", "QuorumLost",
+    "Reply", "RunError", "Schedule", "Task", "Tick", "Timer", "Tree", "accept", "ask", "awaits", "derive",
+    "drive", "empty", "fold_task", "gather", "interleave", "rng", "run_sync", "seeded", "take", "unfolded",
     "uniform",
 ]  # fmt: skip

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from coterie.core.guarantees import Guarantees
+
 Tree = Any  # nested dicts, tuples and lists whose leaves are tensors (and, in states, plain JSON values)
 Params = Mapping[str, Any]  # {parameter name: tensor}
 Batch = tuple[Any, Any]  # inputs [B, ...], targets [B, ...]
@@ -159,6 +161,9 @@ class Algorithm:
 
 class Schedule(Protocol):
     """When which client works, and when the state moves on."""
+
+    def guarantees(self, population: int) -> Guarantees:
+        """What is certain about who takes part, among so many clients."""
 
     def __call__(
         self, algorithm: Algorithm, state: Tree, clients: Sequence[ClientId], resume: Tree = None

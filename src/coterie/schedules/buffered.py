@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from coterie.core import trees
 from coterie.core.errors import ConfigError, QuorumLost
 from coterie.core.gather import Gathered, OnNan, accept, empty
+from coterie.core.guarantees import Guarantees
 from coterie.core.seeds import Key, derive, rng
 from coterie.core.types import Action, Algorithm, Cancel, ClientId, Commit, Lost, Plan, Reply, Task, Tree
 from coterie.schedules.synchronous import FROM_START, generations, remembered, share, summary
@@ -121,6 +122,17 @@ class Buffered:
         if busy:
             yield [Cancel(task.id) for task in busy.values()]
         return state
+
+    def guarantees(self, population: int) -> Guarantees:
+        """Nothing about who takes part: a quick client may fill a whole buffer by itself."""
+        return Guarantees(
+            sampling="none",
+            population=population,
+            cohort=self.buffer,
+            rounds=self.rounds,
+            repeats=self.buffer,
+            why="who is in a step depends on how quick the clients are",
+        )
 
     def _fold(self, algorithm: Algorithm, got: Gathered, event: Reply | Lost, version: int) -> str:
         """Fold a reply in, or say why it is lost."""

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 from coterie.core import exact, trees
 from coterie.core.errors import ConfigError, QuorumLost
 from coterie.core.gather import Gathered, OnNan, accept, ask, empty
+from coterie.core.guarantees import Guarantees
 from coterie.core.types import Aggregator, Algorithm, ClientId, Commit, Lost, Plan, Task, Tree
 from coterie.schedules.synchronous import FROM_START, generations, remembered, summary
 
@@ -49,6 +50,13 @@ class Gossip:
         """Refuse empty runs."""
         if self.rounds < 1:
             raise ConfigError(f"schedule.rounds = {self.rounds}: must be at least 1")
+
+    def guarantees(self, population: int) -> Guarantees:
+        """Every node is in every round."""
+        why = "every node is in every round, and its neighbours see its model"
+        return Guarantees(
+            sampling="none", population=population, cohort=population, rounds=self.rounds, why=why
+        )
 
     def __call__(
         self, algorithm: Algorithm, state: Tree, clients: Sequence[ClientId], resume: Tree = None

@@ -9,10 +9,11 @@ server, so they stay unique in the whole tree.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coterie.core.errors import ConfigError
 from coterie.core.gather import Gathered, fold_request, gather
+from coterie.core.guarantees import Guarantees
 from coterie.core.types import Algorithm, ClientId, Plan, Task
 from coterie.schedules.synchronous import Synchronous
 
@@ -38,6 +39,12 @@ class Hierarchical(Synchronous):
     def relays(self) -> tuple[ClientId, ...]:  # type: ignore[override]
         """The names of the relays."""
         return tuple(f"relay-{index}" for index in range(self.groups))
+
+    def guarantees(self, population: int) -> Guarantees:
+        """As of the flat schedule, but for the sampling."""
+        told = super().guarantees(population)
+        why = told.why or "relays know who of their part is in a round"
+        return replace(told, sampling="none", why=why)
 
     def collect(
         self,
