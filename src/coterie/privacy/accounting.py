@@ -189,8 +189,12 @@ def bound(
     delta: float,
     accountant: Accountant | None = None,
     neighbours: Neighbours | None = None,
+    coarse: int = 1,
 ) -> Spent:
-    """As `account`, but with an infinite epsilon where no finite one holds: what a search goes by."""
+    """As `account`, but with an infinite epsilon where no finite one holds: what a search goes by.
+
+    coarse: how many times wider pld's grid may be (a power of two), which is quicker and against us.
+    """
     if not 0 <= delta < 1:
         raise ConfigError(f"delta = {delta}: must be in (0, 1)", "well below 1 / clients, for example 1e-5")
     fixed = any(each.sampling == "fixed" for each in releases)
@@ -213,7 +217,7 @@ def bound(
     _refuse_unknown(name, live, delta)
 
     def at(delta: float) -> float:
-        return _pld(live, between, delta) if name == "pld" else _rdp(live, between, delta)
+        return _pld(live, between, delta, coarse) if name == "pld" else _rdp(live, between, delta)
 
     return Spent(at(delta) if not distance else _apart(at, delta, distance), delta, name, between, told)
 
@@ -238,7 +242,7 @@ def besides_bits(multiplier: float, bits: float) -> float:
     return 1 / math.sqrt(multiplier**-2 - (2 * bits) ** -2)
 
 
-def _pld(releases: Sequence[Release], between: Neighbours, delta: float) -> float:
+def _pld(releases: Sequence[Release], between: Neighbours, delta: float, coarse: int) -> float:
     from dp_accounting import dp_event, get_epsilon_gaussian, pld  # noqa: PLC0415
 
     if all(each.mechanism in NORMAL and each.sampling == "none" for each in releases):
@@ -247,7 +251,7 @@ def _pld(releases: Sequence[Release], between: Neighbours, delta: float) -> floa
     known = [each for each in releases if supported("rdp", (each,))]
     rest = [each for each in releases if each not in known]
     rough = _rdp(known, between, delta, WHOLE_ORDERS) + _pure(rest, between)
-    wider = 2.0 ** math.floor(math.log2(min(max(rough / 2.5, 1), 2.0**20)))
+    wider = coarse * 2.0 ** math.floor(math.log2(min(max(rough / 2.5, 1), 2.0**20)))
     found = pld.PLDAccountant(value_discretization_interval=INTERVAL * wider)
     for each in releases:
         by = _by(each, between)
