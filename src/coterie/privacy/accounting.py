@@ -90,8 +90,11 @@ class Release:
             )
         for name in ("steps", "repeats", "shares", "dimension"):
             value = getattr(self, name)
-            if value is not None and (value != int(value) or value < (name != "steps")):
-                raise ConfigError(f"{name} = {value}: must be a whole number >= {int(name != 'steps')}")
+            least = 0 if name == "steps" else 1
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise ConfigError(f"{name} = {value}: must be a whole number >= {least}")
+        if not 0 <= self.total_variation <= 1:
+            raise ConfigError(f"total_variation = {self.total_variation}: must be in [0, 1]")
         if not 0 < self.rate <= 1:
             raise ConfigError(f"rate = {self.rate}: must be in (0, 1]", "it is cohort / population")
         if self.sampling == "none" and self.rate != 1:
@@ -245,7 +248,7 @@ def besides_bits(multiplier: float, bits: float) -> float:
 def _pld(releases: Sequence[Release], between: Neighbours, delta: float, coarse: int) -> float:
     from dp_accounting import dp_event, get_epsilon_gaussian, pld  # noqa: PLC0415
 
-    if all(each.mechanism in NORMAL and each.sampling == "none" for each in releases):
+    if _closed(releases):
         precision = sum(each.steps * _multiplier(each, _by(each, between)) ** -2 for each in releases)
         return float(get_epsilon_gaussian(precision**-0.5, delta)) if precision else 0.0
     known = [each for each in releases if supported("rdp", (each,))]
@@ -375,8 +378,13 @@ def supported(accountant: Accountant, releases: Sequence[Release]) -> bool:
 
 def chosen(releases: Sequence[Release], delta: float) -> Accountant:
     """The accountant that None stands for."""
-    sampled = any(each.sampling != "none" for each in releases)
-    return "pld" if supported("pld", releases) and not (sampled and delta < LEAST_DELTA) else "rdp"
+    fine = delta >= LEAST_DELTA or _closed(releases)
+    return "pld" if fine and supported("pld", releases) else "rdp"
+
+
+def _closed(releases: Sequence[Release]) -> bool:
+    """Are they one Gaussian together?"""
+    return all(each.mechanism in NORMAL and each.sampling == "none" for each in releases)
 
 
 def _refuse_unknown(accountant: Accountant, releases: Sequence[Release], delta: float) -> None:
@@ -390,7 +398,7 @@ def _refuse_unknown(accountant: Accountant, releases: Sequence[Release], delta: 
             f"{'no' if each.sampling == 'none' else each.sampling} sampling",
             f"use accountant = {others[0]!r}" if others else 'sampling = "none" credits no amplification',
         )
-    if accountant == "pld" and delta < LEAST_DELTA and chosen(releases, delta) == "rdp":
+    if accountant == "pld" and delta < LEAST_DELTA and not _closed(releases):
         raise ConfigError(
             f"delta = {delta}: below {LEAST_DELTA} the rounding of pld's sums may count",
             "use accountant = 'rdp'",
