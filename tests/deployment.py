@@ -143,20 +143,23 @@ class Deployment:
         return json.loads((self.home / "server" / "runs" / run / "result.json").read_text())
 
     def orphans(self):
-        """What is left of the sessions that began here, once it has had the time to end."""
+        """What is left of the processes that are gone, once it has had the time to end."""
         deadline = time.monotonic() + 20
         while (found := self._left()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return found
 
     def _left(self):
-        sessions = self.sessions - {each.process.pid for each in self.processes.values()}
-        found = []
+        """Those of a session that began here; and those that lead their own, by the PARTY they inherited."""
+        alive = {each.process.pid for each in self.processes.values()}
+        mark, found = f"={self.home}/".encode(), []
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
                 try:
-                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                    if int(session) in sessions and state != "Z":
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                    state, parent, session = fields[0], int(fields[1]), int(fields[3])
+                    ours = session in self.sessions or mark in (entry / "environ").read_bytes()
+                    if ours and state != "Z" and alive.isdisjoint((parent, session)):
                         found.append((entry / "cmdline").read_bytes().decode(errors="replace"))
                 except OSError:
                     continue

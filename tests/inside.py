@@ -3,6 +3,7 @@
 at: ["sent" or "heard", a kind of message, the how many-th of it], or null for at once. do: what happens then.
 """
 
+import atexit
 import os
 import random
 import signal
@@ -39,7 +40,7 @@ def damage(every):
 
 
 def echo(seed):
-    """Each message is said twice, and old ones are said again later, and two in a row change places."""
+    """Each message is said twice, and old ones are said again later."""
     from coterie.backends.network import hub, link, messages
 
     draw, said = random.Random(seed), {}
@@ -117,9 +118,12 @@ def arm(at, do):
         messages.Said.__bytes__ = sent
 
 
-def main(arguments, fault, stdin, stdout, log):
+def main(arguments, fault, stdin, stdout, log, environment):
     """`coterie` with these arguments, as a process of its own."""
     os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ["PARTY"] = arguments[1]  # for `Deployment.orphans`
     for number, file in enumerate((stdin, stdout)):
         os.dup2(file.fileno(), number)
         file.close()
@@ -130,7 +134,10 @@ def main(arguments, fault, stdin, stdout, log):
         arm(**fault)
     from coterie.cli import main
 
-    main()
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # as at the end of any other Python; multiprocessing leaves them out
 
 
 class Forked:
@@ -139,7 +146,9 @@ class Forked:
     def __init__(self, arguments, fault, log):
         stdin, self.stdin = nursery.Pipe(duplex=False)
         told, stdout = nursery.Pipe(duplex=False)
-        self.job = nursery.Process(target=main, args=(arguments, fault, stdin, stdout, str(log)))
+        self.job = nursery.Process(
+            target=main, args=(arguments, fault, stdin, stdout, str(log), dict(os.environ))
+        )
         self.job.start()
         self.pid = self.job.pid
         stdin.close()

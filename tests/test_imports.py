@@ -27,7 +27,7 @@ KNOWS: dict[str, set[str]] = {
 }
 KNOWS["experiment"] = set(KNOWS) - {"dashboard"}
 KNOWS["__main__"] = {"cli"}
-KNOWS["cli"] = {"backends", "core", "data", "errors", "experiment", "security", "storage"}
+KNOWS["cli"] = {"backends", "core", "data", "errors", "experiment", "privacy", "security", "storage"}
 for known in KNOWS.values():
     known.add("errors")
 KNOWS["errors"] = set()

@@ -63,7 +63,7 @@ def test_an_insecure_federation_ends_with_the_same_bits_and_says_what_it_lacks(b
     assert json.loads(server)["level"] == "warning"
     for weaker in ("encrypted", "certificate", "signed", "ledger"):
         assert weaker in server
-    assert "--insecure" not in (home / "server" / "server.log").read_text()  # never unasked
+    assert "--insecure" not in (home / "server.log").read_text()  # never unasked
 
 
 def test_each_kind_refuses_the_other_and_says_why(both):

@@ -78,9 +78,6 @@ def assert_undisturbed(federation, run, ended):
     assert federation.result(run)["model_digest"] == undisturbed(RUN)
 
 
-@pytest.mark.xfail(
-    reason="an old Assign said again, of a model or memory that is gone, ends the training process"
-)
 def test_messages_said_twice_and_old_ones_again_change_nothing(tmp_path):
     with deployed(tmp_path, start=False) as federation:
         for number, name in enumerate(("server", *federation.names)):

@@ -17,6 +17,7 @@ from coterie.cli.doctor import doctor
 from coterie.cli.init import init
 from coterie.cli.operate import runs, submit, watch
 from coterie.cli.pki import pki
+from coterie.cli.privacy import privacy
 from coterie.cli.quickstart import quickstart
 from coterie.cli.run import run
 from coterie.cli.server import server
@@ -52,7 +53,7 @@ app = typer.Typer(
 )
 for command in (run, sweep, compare, quickstart, server, site, enrol, submit, watch, init, doctor):
     app.command()(command)
-for name, group in (("data", data), ("runs", runs), ("pki", pki), ("audit", audit)):
+for name, group in (("data", data), ("runs", runs), ("pki", pki), ("audit", audit), ("privacy", privacy)):
     app.add_typer(group, name=name)
 
 

@@ -8,11 +8,12 @@ replaced and its tasks are done again; what it had answered, and the memories th
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import resource
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from coterie.backends.shards import listen
-from coterie.core.errors import CoterieError
+from coterie.core.errors import CoterieError, RunError
 from coterie.core.types import ClientId, Lost, Reply, Task, Tree
 from coterie.data import Dataset, own
 from coterie.experiment.assemble import load_dataset, site_of
@@ -33,6 +34,7 @@ from coterie.storage import Blob, Blobs, Memories
 
 LOG = 200_000  # characters of what was said during a task that are passed on
 DEATHS = 3  # of the training process after which a task is given up
+log = logging.getLogger("coterie")
 
 
 @dataclass(frozen=True)
@@ -236,14 +238,31 @@ class _Trained:
             self.memories.commit(version, accepted, set(flying))
             self.memories.prune(version)
 
-    def done(self, tasks: Sequence[Task]) -> Any:
+    def done(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Train in the blocks that the trainer wants; yield what to tell of each once its block is done."""
-        alone, blocks = self.site.packed([replace(task, down=self._read(task.down)) for task in tasks])
+        ready = []
+        for task in tasks:
+            try:
+                ready.append(replace(task, down=self._read(task.down)))
+            except RunError as error:  # the task is old, and its model gone
+                yield self._told(_lost(task, error))
+        alone, blocks = self.site.packed(ready)
         for block in [*([task] for task in alone), *blocks]:
             began = time.time()
-            for answer in self.site.answer(block):
-                id, facts = self._told(answer)
+            for id, facts in self._answered(block):
                 yield id, {**facts, "began": began, "ended": time.time()}
+
+    def _answered(self, block: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """What ends a run where there is one process loses a task here, and none beside it: the disk is full,
+        or the task is old and the client's memory gone."""
+        try:
+            yield from [self._told(answer) for answer in self.site.answer(block)]
+        except CoterieError as error:
+            if len(block) == 1:
+                yield self._told(_lost(block[0], error))
+            else:
+                for task in block:
+                    yield from self._answered([task])
 
     def _told(self, answer: Reply | Lost) -> tuple[int, dict[str, Any]]:
         log = "\n".join(text for _, text in self.said)[-LOG:]
@@ -265,6 +284,12 @@ class _Trained:
         if digest != self.down[0]:
             self.down = (digest, self.blobs.read(digest))
         return self.down[1]
+
+
+def _lost(task: Task, error: CoterieError) -> Lost:
+    said = "".join(traceback.format_exception(error)).rstrip()
+    log.warning("client %s failed in round %d:\n%s", task.client, task.round + 1, said)
+    return Lost(task, str(error))
 
 
 def _prepared(job: Job) -> tuple[Config, Dataset]:

@@ -90,8 +90,11 @@ class Release:
             )
         for name in ("steps", "repeats", "shares", "dimension"):
             value = getattr(self, name)
-            if value is not None and (value != int(value) or value < (name != "steps")):
-                raise ConfigError(f"{name} = {value}: must be a whole number >= {int(name != 'steps')}")
+            least = 0 if name == "steps" else 1
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise ConfigError(f"{name} = {value}: must be a whole number >= {least}")
+        if not 0 <= self.total_variation <= 1:
+            raise ConfigError(f"total_variation = {self.total_variation}: must be in [0, 1]")
         if not 0 < self.rate <= 1:
             raise ConfigError(f"rate = {self.rate}: must be in (0, 1]", "it is cohort / population")
         if self.sampling == "none" and self.rate != 1:
@@ -189,8 +192,12 @@ def bound(
     delta: float,
     accountant: Accountant | None = None,
     neighbours: Neighbours | None = None,
+    coarse: int = 1,
 ) -> Spent:
-    """As `account`, but with an infinite epsilon where no finite one holds: what a search goes by."""
+    """As `account`, but with an infinite epsilon where no finite one holds: what a search goes by.
+
+    coarse: how many times wider pld's grid may be (a power of two), which is quicker and against us.
+    """
     if not 0 <= delta < 1:
         raise ConfigError(f"delta = {delta}: must be in (0, 1)", "well below 1 / clients, for example 1e-5")
     fixed = any(each.sampling == "fixed" for each in releases)
@@ -213,7 +220,7 @@ def bound(
     _refuse_unknown(name, live, delta)
 
     def at(delta: float) -> float:
-        return _pld(live, between, delta) if name == "pld" else _rdp(live, between, delta)
+        return _pld(live, between, delta, coarse) if name == "pld" else _rdp(live, between, delta)
 
     return Spent(at(delta) if not distance else _apart(at, delta, distance), delta, name, between, told)
 
@@ -238,16 +245,16 @@ def besides_bits(multiplier: float, bits: float) -> float:
     return 1 / math.sqrt(multiplier**-2 - (2 * bits) ** -2)
 
 
-def _pld(releases: Sequence[Release], between: Neighbours, delta: float) -> float:
+def _pld(releases: Sequence[Release], between: Neighbours, delta: float, coarse: int) -> float:
     from dp_accounting import dp_event, get_epsilon_gaussian, pld  # noqa: PLC0415
 
-    if all(each.mechanism in NORMAL and each.sampling == "none" for each in releases):
+    if _closed(releases):
         precision = sum(each.steps * _multiplier(each, _by(each, between)) ** -2 for each in releases)
         return float(get_epsilon_gaussian(precision**-0.5, delta)) if precision else 0.0
     known = [each for each in releases if supported("rdp", (each,))]
     rest = [each for each in releases if each not in known]
     rough = _rdp(known, between, delta, WHOLE_ORDERS) + _pure(rest, between)
-    wider = 2.0 ** math.floor(math.log2(min(max(rough / 2.5, 1), 2.0**20)))
+    wider = coarse * 2.0 ** math.floor(math.log2(min(max(rough / 2.5, 1), 2.0**20)))
     found = pld.PLDAccountant(value_discretization_interval=INTERVAL * wider)
     for each in releases:
         by = _by(each, between)
@@ -371,8 +378,13 @@ def supported(accountant: Accountant, releases: Sequence[Release]) -> bool:
 
 def chosen(releases: Sequence[Release], delta: float) -> Accountant:
     """The accountant that None stands for."""
-    sampled = any(each.sampling != "none" for each in releases)
-    return "pld" if supported("pld", releases) and not (sampled and delta < LEAST_DELTA) else "rdp"
+    fine = delta >= LEAST_DELTA or _closed(releases)
+    return "pld" if fine and supported("pld", releases) else "rdp"
+
+
+def _closed(releases: Sequence[Release]) -> bool:
+    """Are they one Gaussian together?"""
+    return all(each.mechanism in NORMAL and each.sampling == "none" for each in releases)
 
 
 def _refuse_unknown(accountant: Accountant, releases: Sequence[Release], delta: float) -> None:
@@ -386,7 +398,7 @@ def _refuse_unknown(accountant: Accountant, releases: Sequence[Release], delta: 
             f"{'no' if each.sampling == 'none' else each.sampling} sampling",
             f"use accountant = {others[0]!r}" if others else 'sampling = "none" credits no amplification',
         )
-    if accountant == "pld" and delta < LEAST_DELTA and chosen(releases, delta) == "rdp":
+    if accountant == "pld" and delta < LEAST_DELTA and not _closed(releases):
         raise ConfigError(
             f"delta = {delta}: below {LEAST_DELTA} the rounding of pld's sums may count",
             "use accountant = 'rdp'",

@@ -1,7 +1,8 @@
 """How much noise a budget of (epsilon, delta) needs, and how many steps fit into it.
 
-Both are found by search over what `accounting` says, and every answer has passed it. Where the accountant is
-pld, the search starts from rdp's answer, which takes a fiftieth of the time and is rarely a third off.
+Both are found by search over what `accounting` says, and every answer has passed it. Where the accountant
+is pld, the search starts from rdp's answer, which takes a tenth of the time and is rarely a third off, and
+goes on over a coarse grid of losses (an eighth of the time, some 0.1% off) before it takes the fine one.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from coterie.core.errors import ConfigError
-from coterie.privacy.accounting import Accountant, Neighbours, Release, bound, chosen, supported
+from coterie.core.guarantees import Guarantees, Sampling
+from coterie.privacy.accounting import Accountant, Neighbours, Release, bound, chosen, supported, under
 
 TOLERANCE = 1e-6
+ROUGH, COARSE = 1e-3, 8  # at a tolerance of so much, a grid that is so many times wider will do
 MOST_NOISE = 1e9
 MOST_STEPS = 10**7
 
@@ -31,20 +35,24 @@ def calibrate(
 ) -> float:
     """The least `noise` with which the release stays within (epsilon, delta), after those `before` it.
 
-    Spends at most epsilon, always; the least noise is above the result / (1 + tolerance). The search starts
-    from the release's own noise, which the answer does not depend on otherwise.
+    Spends at most epsilon, always; the least noise is above the result / (1 + tolerance), but for the coarse
+    grid's error where the tolerance is 0.001 or more. The search starts from the release's own noise, which
+    the answer does not depend on otherwise.
     Raises ConfigError, also where `before` leaves nothing to spend.
     """
     _budget(epsilon)
 
-    def spends(noise: float, by: Accountant | None = accountant) -> float:
+    def spends(noise: float, by: Accountant | None = accountant, coarse: int = 1) -> float:
         made = (*before, replace(release, noise=noise))
-        return bound(made, delta=delta, accountant=by, neighbours=neighbours).epsilon
+        return bound(made, delta=delta, accountant=by, neighbours=neighbours, coarse=coarse).epsilon
 
-    start, known = max(release.noise, 1.0), (*before, release)
-    if delta and (accountant or chosen(known, delta)) == "pld" and supported("rdp", known):
+    start, known = release.noise, (*before, release)
+    if not delta or (accountant or chosen(known, delta)) == "rdp":
+        return _least(spends, epsilon, start, 2.0, tolerance)
+    if supported("rdp", known):
         start = _least(lambda noise: spends(noise, "rdp"), epsilon, start, 2.0, 0.01)
-    return _least(spends, epsilon, start, 1.25, tolerance)
+    near = _least(lambda noise: spends(noise, coarse=COARSE), epsilon, start, 1.25, max(tolerance, ROUGH))
+    return near if tolerance >= ROUGH else _least(spends, epsilon, near, 1.003, tolerance)
 
 
 def most_steps(
@@ -63,14 +71,68 @@ def most_steps(
     """
     _budget(epsilon)
 
-    def spends(steps: int, by: Accountant | None = accountant) -> float:
+    def spends(steps: int, by: Accountant | None = accountant, coarse: int = 1) -> float:
         made = (*before, replace(release, steps=steps))
-        return bound(made, delta=delta, accountant=by, neighbours=neighbours).epsilon
+        return bound(made, delta=delta, accountant=by, neighbours=neighbours, coarse=coarse).epsilon
 
     start, known = 1, (*before, release)
-    if delta and (accountant or chosen(known, delta)) == "pld" and supported("rdp", known):
-        start = max(_most(lambda steps: spends(steps, "rdp"), epsilon, 1, 2.0, most), 1)
-    return _most(spends, epsilon, start, 1.25, most)
+    if not delta or (accountant or chosen(known, delta)) == "rdp":
+        return _most(spends, epsilon, start, 2.0, most)
+    if supported("rdp", known):
+        start = _most(lambda steps: spends(steps, "rdp"), epsilon, start, 2.0, most)
+    start = _most(lambda steps: spends(steps, coarse=COARSE), epsilon, max(start, 1), 1.25, most)
+    return _most(spends, epsilon, max(start, 1), 1.003, most)
+
+
+class Plan(NamedTuple):
+    """What a budget comes to, in rounds of clients whose clipped updates are summed under Gaussian noise."""
+
+    epsilon: float
+    cohort: int
+    rounds: int
+    noise_multiplier: float
+    noise_std: float  # on each parameter of the mean update
+    signal_to_noise: float  # L2 norm of a mean of updates that all agree, over that of the noise
+
+
+def plan(
+    *,
+    epsilons: Sequence[float],
+    cohorts: Sequence[int],
+    rounds: Sequence[int],
+    population: int,
+    parameters: int,
+    delta: float,
+    norm: float = 1.0,
+    sampling: Sampling = "poisson",
+    accountant: Accountant | None = None,
+) -> list[Plan]:
+    """The noise and the signal for each budget, cohort and number of rounds; multipliers within 0.2%.
+
+    norm: of clipping, in L2. signal_to_noise = cohort / (noise_multiplier sqrt(parameters)): at best, as
+    updates neither agree nor are all as long as the norm. Raises ConfigError.
+    """
+    for name, values in (("cohort", cohorts), ("rounds", rounds), ("parameters", [parameters])):
+        for value in values:
+            if value < 1 or (name == "cohort" and value > population):
+                most = f", at most the population of {population}" if name == "cohort" else ""
+                raise ConfigError(f"{name} = {value}: must be at least 1{most}")
+    if not 0 < norm < math.inf:
+        raise ConfigError(f"norm = {norm}: must be a finite number > 0", "1.0 is a usual clipping norm")
+    if not 0 < delta < 1 / population:
+        raise ConfigError(
+            f"delta = {delta}: must be in (0, 1 / population = {1 / population:.3g}); else to give one "
+            "client's data away would be allowed",
+            f"{0.1 / population:.0e} is a tenth of that",
+        )
+    made = []
+    for epsilon, cohort, count in itertools.product(epsilons, cohorts, rounds):
+        told = Guarantees(sampling=sampling, population=population, cohort=cohort, rounds=count)
+        release = under(Release(mechanism="gaussian", noise=1.0), told)
+        noise = calibrate(release, epsilon=epsilon, delta=delta, accountant=accountant, tolerance=ROUGH)
+        signal = cohort / (noise * math.sqrt(parameters))
+        made.append(Plan(epsilon, cohort, count, noise, noise * norm / cohort, signal))
+    return made
 
 
 def _least(
