@@ -1,7 +1,8 @@
 """The sum of clipped per-example gradients without those gradients, where the layers allow it.
 
 A zero is added to what each layer with parameters gives. The gradient of the losses' sum with respect to these
-zeros is all that the backward pass has to make: from it and from each layer's input follow the norms of the
+zeros (for a convolution, to a copy of its weights for each example, which the trainer's layers know how to use)
+is all that the backward pass has to make: from it and from each layer's input follow the norms of the
 examples' gradients (Goodfellow 2015, arXiv:1510.01799; Li, Tramer, Liang, Hashimoto 2021, arXiv:2110.05679),
 then each layer's clipped sum, as one product (Bu, Wang, Zha, Karypis 2022, arXiv:2210.00038: no second pass).
 
@@ -25,11 +26,11 @@ Found = tuple[Tensor, Callable[[Tensor], list[Tensor]]]  # squared norms [B]; fa
 
 
 class Use(NamedTuple):
-    """A layer's use of its parameters: their names, how to find their gradients, and its output's shape."""
+    """A layer's use of its parameters: their names, a ghost, and how to find their gradients from its own."""
 
     names: list[str]
-    find: Callable[[Tensor, Tensor], Found]  # input, gradient of the output -> of each parameter
-    shape: torch.Size
+    ghost: Any  # zeros like the output, or the parameters again for each example
+    find: Callable[[Tensor, Any], Found]  # input, gradient of the ghost
 
 
 def clip_factors(squares: Tensor, mask: Tensor, norm: float) -> Tensor:
@@ -48,16 +49,14 @@ def ghost_sum(
     if not seen.fits or sorted(name for use in seen.uses for name in use.names) != sorted(params):
         return None
 
-    def losses(zeros: list[Tensor]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-        with (ghosts := Ghosts(params, zeros)):
+    def losses(given: list[Any]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        with (ghosts := Ghosts(params, given)):
             losses, _ = objective(params, batch, carry)
         return losses.sum(), (losses.detach(), ghosts.inputs)
 
-    dtype = next(iter(params.values())).dtype
-    zeros = [torch.zeros(use.shape, dtype=dtype) for use in seen.uses]
-    slopes, (each, inputs) = torch.func.grad(losses, has_aux=True)(zeros)
+    slopes, (each, inputs) = torch.func.grad(losses, has_aux=True)([use.ghost for use in seen.uses])
     found = [use.find(x.detach(), dz) for use, x, dz in zip(seen.uses, inputs, slopes, strict=True)]
-    factors = clip_factors(torch.stack([squares for squares, _ in found]).sum(0), mask, norm).to(dtype)
+    factors = clip_factors(torch.stack([squares for squares, _ in found]).sum(0), mask, norm).to(each.dtype)
     sums = {
         name: total
         for use, (_, totals) in zip(seen.uses, found, strict=True)
@@ -67,15 +66,15 @@ def ghost_sum(
 
 
 class Ghosts(TorchFunctionMode):
-    """Adds `zeros` to the outputs of layers while it is entered, and notes what they had as input.
+    """Brings ghosts into layers while it is entered, and notes what these had as input.
 
-    zeros: None only looks. fits: is no parameter used by anything but such a layer?
+    given: the ghosts, in the order of their use; None for new ones. fits: is no parameter used by anything but such a layer?
     """
 
-    def __init__(self, params: Params, zeros: Sequence[Tensor] | None) -> None:
+    def __init__(self, params: Params, given: Sequence[Any] | None) -> None:
         super().__init__()
         self.names = {id(leaf): name for name, leaf in params.items()}
-        self.zeros, self.fits = zeros, True
+        self.given, self.fits = given, True
         self.uses: list[Use] = []
         self.inputs: list[Tensor] = []
 
@@ -94,11 +93,15 @@ class Ghosts(TorchFunctionMode):
             self.fits = False
         return func(*args, **kwargs)
 
-    def add(self, x: Tensor, y: Tensor, find: Callable[[Tensor, Tensor], Found], *params: Any) -> Tensor:
-        """Note the use of these parameters (None: there is none), in the order in which `find` has them."""
-        self.uses.append(Use([self.names[id(each)] for each in params if each is not None], find, y.shape))
+    def note(self, x: Tensor, ghost: Any, find: Callable[[Tensor, Any], Found], *params: Any) -> Any:
+        """Note the use of these parameters (None: there is none), in the order of `find`; return the ghost."""
+        self.uses.append(Use([self.names[id(each)] for each in params if each is not None], ghost, find))
         self.inputs.append(x)
-        return y if self.zeros is None else y + self.zeros[len(self.uses) - 1]
+        return ghost if self.given is None else self.given[len(self.uses) - 1]
+
+    def add(self, x: Tensor, y: Tensor, find: Callable[[Tensor, Any], Found], *params: Any) -> Tensor:
+        """y, and a ghost."""
+        return y + self.note(x, torch.zeros(y.shape, dtype=y.dtype), find, *params)
 
     def own(self, *params: Any) -> bool:
         """Are these parameters (or None)?"""
@@ -129,18 +132,22 @@ def conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    """A convolution: a linear layer on patches."""
+    """A convolution, with weights of every example's own: the trainer's layers know these, torch's do not."""
     two = x.dim() == weight.dim() == 4
     if not two or groups != 1 or isinstance(padding, str) or not ghosts.own(weight, bias):
         return NotImplemented
-    y = func(x, weight, bias, stride, padding, dilation)
-    kernel = weight.shape[2:]
 
-    def find(x: Tensor, dy: Tensor) -> Found:
-        patches = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)
-        return products(patches, dy.flatten(2).transpose(1, 2), bias is not None)
+    def each(leaf: Any) -> Any:
+        return None if leaf is None else leaf.expand(len(x), *leaf.shape)
 
-    return ghosts.add(x, y, find, weight, bias)
+    def find(_: Tensor, slopes: tuple[Tensor, ...]) -> Found:
+        flat = [slope.flatten(1) for slope in slopes]
+        squares = torch.stack([slope.square().sum(1) for slope in flat]).sum(0)
+        return squares, lambda factors: [factors @ kept(slope, factors) for slope in flat]
+
+    given = tuple(each(leaf) for leaf in (weight, bias) if leaf is not None)
+    own = ghosts.note(x[:0], given, find, weight, bias)
+    return func(x, own[0], own[1] if len(own) > 1 else None, stride, padding, dilation)
 
 
 def products(x: Tensor, dy: Tensor, bias: bool) -> Found:
