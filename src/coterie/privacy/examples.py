@@ -112,17 +112,37 @@ def private_work(work: ClientWork, *, norm: float, multiplier: float, protected:
             raise RunError("dp_sgd: this trainer gives no key to a step", "use the loop or vectorised trainer")
         kept = torch.ones(len(batch[1])) if mask is None else mask
         grads, losses = make(objective, params, batch, kept, carry, key, norm, multiplier)
-        grads = trees.map_tree(lambda g: (g / carry["expected"]).to(g.dtype), grads)
         loss = torch.where(kept > 0, losses, 0).sum() / kept.sum().clamp(min=1)
 
         def linear(params: Params, batch: Batch, carry: Tree) -> tuple[Tensor, Tree]:
             del batch
-            return sum((g * p).sum() for g, p in trees.rows(grads, dict(params))).reshape(1), carry
+            found = _Given.apply(*(grads[name] for name in params), *params.values())
+            return found / carry["expected"].to(found.dtype), carry
 
         slope, carry = work.gradient(linear, params, batch, None, carry, key)
         return slope, {**carry, "loss": loss}
 
     return work._replace(start=start, gradient=gradient)
+
+
+class _Given(torch.autograd.Function):
+    """gradients, params -> [0], whose gradients with respect to params are those given."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*leaves: Tensor) -> Tensor:
+        return leaves[0].new_zeros(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        del output
+        ctx.save_for_backward(*inputs[: len(inputs) // 2])
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+        grads = ctx.saved_tensors
+        return (*[None] * len(grads), *(g * slope.reshape([1] * g.dim()) for g in grads))
 
 
 def check_model(module: nn.Module) -> None:
