@@ -112,4 +112,6 @@ print(f"{options.model}, {problem.parameters():,} parameters, {options.clients} 
 for name, seconds in least.items():
     against = seconds / least["plain, graphs"], seconds / least["plain, programs"]
     milliseconds = 1000 * seconds / STEPS / options.clients
-    print(f"{name:24} {milliseconds:8.2f} ms a step  {against[0]:6.2f} x graphs  {against[1]:6.2f} x programs")
+    print(
+        f"{name:24} {milliseconds:8.2f} ms a step  {against[0]:6.2f} x graphs  {against[1]:6.2f} x programs"
+    )

@@ -62,7 +62,9 @@ def brute(problem, params, x, y, norm):
     total = {name: torch.zeros_like(leaf) for name, leaf in params.items()}
     for one in range(len(y)):
         free = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
-        loss = problem.per_example(functional_call(problem.training, free, (x[one : one + 1],)), y[one : one + 1])
+        loss = problem.per_example(
+            functional_call(problem.training, free, (x[one : one + 1],)), y[one : one + 1]
+        )
         grads = torch.autograd.grad(loss.sum(), list(free.values()))
         length = math.sqrt(sum(float(g.square().sum()) for g in grads))
         for name, g in zip(free, grads, strict=True):
@@ -92,7 +94,9 @@ def test_clipped_sums_are_those_of_a_plain_loop(norm):
 NETWORKS = {
     "images": (images, (1, 8, 8)),
     "padded, no bias": (
-        lambda: network(nn.Conv2d(1, 3, 3, 2, 1, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(48, 5, bias=False)),
+        lambda: network(
+            nn.Conv2d(1, 3, 3, 2, 1, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(48, 5, bias=False)
+        ),
         (1, 8, 8),
     ),
     "sequence": (lambda: network(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(48, 5)), (12, 3)),
@@ -227,7 +231,7 @@ def test_halved_noise_is_caught(monkeypatch):
 
 
 def test_a_skipped_clip_is_caught(monkeypatch):
-    problem = Problem(network(nn.Linear(5, 5, dtype=torch.float64)))
+    problem = Problem(network(nn.Linear(5, 5), dtype=torch.float64))
     x, y = 100 * torch.randn(4, 5, dtype=torch.float64), torch.arange(4)
     params, real = problem.model()["params"], examples.clip_factors
 
@@ -258,10 +262,14 @@ def test_ghosts_that_mix_examples_are_caught_by_the_trainer():
 @pytest.mark.parametrize("trainer", [Loop, Vectorised])
 def test_clients_rounds_and_steps_have_noise_of_their_own(trainer, protected):
     problem = Problem(network(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 5)))
-    algorithm = dp_sgd(fedavg(Local(lr=1.0, batch_size=8, steps=6)), norm=1e-9, multiplier=1e9, protected=protected)
+    algorithm = dp_sgd(
+        fedavg(Local(lr=1.0, batch_size=8, steps=6)), norm=1e-9, multiplier=1e9, protected=protected
+    )
     clients = people((20, 20), (5,))
     tasks = asked(algorithm, problem, 2) + asked(algorithm, problem, 2, round=1)
-    made = [trainer(problem, 7).fit(algorithm, t, None, clients[0])[0].up["delta"] for t in (*tasks, tasks[0])]
+    made = [
+        trainer(problem, 7).fit(algorithm, t, None, clients[0])[0].up["delta"] for t in (*tasks, tasks[0])
+    ]
     flat = [torch.cat([leaf.flatten() for leaf in up.values()]) for up in made]
     assert len({tuple(each[:8].tolist()) for each in flat[:4]}) == 4
     assert torch.equal(flat[0], flat[4]) is not protected  # the seed makes float noise, and only that
@@ -271,10 +279,16 @@ def test_clients_rounds_and_steps_have_noise_of_their_own(trainer, protected):
 
 def test_reused_noise_is_caught(monkeypatch):
     problem = Problem(network(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 5)))
-    algorithm = dp_sgd(fedavg(Local(lr=1.0, batch_size=8, steps=6)), norm=1e-9, multiplier=1e9, protected=False)
+    algorithm = dp_sgd(
+        fedavg(Local(lr=1.0, batch_size=8, steps=6)), norm=1e-9, multiplier=1e9, protected=False
+    )
     real = examples.float_noise
     monkeypatch.setattr(examples, "float_noise", lambda seed, size, scale: real(torch.tensor(1), size, scale))
-    ups = Loop(problem, 7).fit(algorithm, asked(algorithm, problem)[0], None, people((20,), (5,))[0])[0].up["delta"]
+    ups = (
+        Loop(problem, 7)
+        .fit(algorithm, asked(algorithm, problem)[0], None, people((20,), (5,))[0])[0]
+        .up["delta"]
+    )
     assert not law(torch.cat([leaf.flatten() for leaf in ups.values()]), math.sqrt(6) / 8)
 
 
@@ -374,7 +388,13 @@ def test_exposures_are_those_of_the_worst_clients():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"norm": 0.0}, {"norm": math.inf}, {"multiplier": -1.0}, {"multiplier": math.nan}, {"sampling": "fixed"}],
+    [
+        {"norm": 0.0},
+        {"norm": math.inf},
+        {"multiplier": -1.0},
+        {"multiplier": math.nan},
+        {"sampling": "fixed"},
+    ],
 )
 def test_refuses_what_has_no_meaning(wrong):
     with pytest.raises(ConfigError, match="dp_sgd"):

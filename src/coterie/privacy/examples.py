@@ -7,7 +7,8 @@ The denominator is the expected batch, never the real one. An example whose grad
 a refusal would tell the server about one example. Parameters that are not finite still reach the server,
 as ever, for `on_nan`.
 
-The per-example gradients are those of `torch.func.vmap` over batches of one, so nothing can mix examples.
+The per-example gradients are those of batches of one, by `torch.func.vmap` where the layers allow, so nothing can
+mix examples.
 Where the vectorised trainer batches clients, and the model's layers allow, `ghosts` makes the same sum without
 them; the trainer compares both before it uses what it has recorded.
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level as current_level
 from torch.library import custom_op
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -38,7 +40,9 @@ from coterie.core.types import Algorithm, Batch, ClientWork, Params, Tree
 from coterie.privacy.ghosts import clip_factors, ghost_sum
 from coterie.privacy.noise import discrete_gaussian
 
-FINE = 2.0**10  # steps of the grid in norm / sqrt(d): truncation changes a gradient by less than 1 / 1024 of norm
+FINE = (
+    2.0**10
+)  # steps of the grid in norm / sqrt(d): truncation changes a gradient by less than 1 / 1024 of norm
 AT_ONCE = 2**24  # numbers of per-example gradients that the protected sum holds at once
 WAY_OUT = "use GroupNorm or LayerNorm, which look at one example at a time"
 
@@ -109,7 +113,9 @@ def private_work(work: ClientWork, *, norm: float, multiplier: float, protected:
         objective: Callable[..., Any], params: Params, batch: Batch, mask: Any, carry: Tree, key: Any
     ) -> tuple[Params, Tree]:
         if key is None:
-            raise RunError("dp_sgd: this trainer gives no key to a step", "use the loop or vectorised trainer")
+            raise RunError(
+                "dp_sgd: this trainer gives no key to a step", "use the loop or vectorised trainer"
+            )
         kept = torch.ones(len(batch[1])) if mask is None else mask
         grads, losses = make(objective, params, batch, kept, carry, key, norm, multiplier)
         loss = torch.where(kept > 0, losses, 0).sum() / kept.sum().clamp(min=1)
@@ -209,8 +215,17 @@ def example_gradients(
 
     each = torch.func.grad(loss, has_aux=True)
     many = torch.func.vmap(each, in_dims=(None, 0, 0), randomness="different")
-    with torch._C.DisableTorchFunction():  # layers that a trainer has batched over clients know no second vmap
-        made: tuple[Params, Tensor] = many(dict(params), *batch)
+    # Layers that a trainer has batched over clients know no second vmap, nor do torch's kernels of attention.
+    with torch._C.DisableTorchFunction(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            made: tuple[Params, Tensor] = many(dict(params), *batch)
+        except RuntimeError:  # torch's own GRU, for one
+            if current_level() is not None:
+                raise
+            made = trees.map_tree(
+                lambda *rows: torch.stack(rows),
+                *(each(dict(params), *row) for row in zip(*batch, strict=True)),
+            )
     return made
 
 
@@ -230,7 +245,14 @@ def clipped_sum(
 
 
 def _simulated(
-    objective: Any, params: Params, batch: Batch, mask: Tensor, carry: Tree, key: Any, norm: float, sigma: float
+    objective: Any,
+    params: Params,
+    batch: Batch,
+    mask: Tensor,
+    carry: Tree,
+    key: Any,
+    norm: float,
+    sigma: float,
 ) -> tuple[Params, Tensor]:
     batched = current_level() is not None  # by the vectorised trainer, which compares with what stands alone
     made = ghost_sum(objective, params, batch, mask, carry, norm) if batched else None
@@ -242,7 +264,14 @@ def _simulated(
 
 
 def _protected(
-    objective: Any, params: Params, batch: Batch, mask: Tensor, carry: Tree, key: Any, norm: float, sigma: float
+    objective: Any,
+    params: Params,
+    batch: Batch,
+    mask: Tensor,
+    carry: Tree,
+    key: Any,
+    norm: float,
+    sigma: float,
 ) -> tuple[Params, Tensor]:
     size, pieces, sums = _size(params), list[Tensor](), torch.zeros((), dtype=torch.int64)
     step, most = grid(norm, size), sensitivity_on_grid(norm, size)

@@ -43,14 +43,14 @@ def ghost_sum(
     objective: Callable[..., Any], params: Params, batch: Batch, mask: Tensor, carry: Tree, norm: float
 ) -> tuple[Params, Tensor] | None:
     """The sum of clipped gradients and the losses [B]; None where a parameter is used in other ways."""
-    seen = Ghosts(params, None)
+    seen = Ghosts(params, len(mask))
     with seen:
         objective(params, batch, carry)
     if not seen.fits or sorted(name for use in seen.uses for name in use.names) != sorted(params):
         return None
 
     def losses(given: list[Any]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-        with (ghosts := Ghosts(params, given)):
+        with (ghosts := Ghosts(params, len(mask), given)):
             losses, _ = objective(params, batch, carry)
         return losses.sum(), (losses.detach(), ghosts.inputs)
 
@@ -68,13 +68,13 @@ def ghost_sum(
 class Ghosts(TorchFunctionMode):
     """Brings ghosts into layers while it is entered, and notes what these had as input.
 
-    given: the ghosts, in the order of their use; None for new ones. fits: is no parameter used by anything but such a layer?
+    size: of the batch. given: the ghosts, in the order of their use; None for new ones. fits: is no parameter used by anything but such a layer?
     """
 
-    def __init__(self, params: Params, given: Sequence[Any] | None) -> None:
+    def __init__(self, params: Params, size: int, given: Sequence[Any] | None = None) -> None:
         super().__init__()
         self.names = {id(leaf): name for name, leaf in params.items()}
-        self.given, self.fits = given, True
+        self.size, self.given, self.fits = size, given, True
         self.uses: list[Use] = []
         self.inputs: list[Tensor] = []
 
@@ -103,20 +103,22 @@ class Ghosts(TorchFunctionMode):
         """y, and a ghost."""
         return y + self.note(x, torch.zeros(y.shape, dtype=y.dtype), find, *params)
 
-    def own(self, *params: Any) -> bool:
-        """Are these parameters (or None)?"""
-        return all(each is None or id(each) in self.names for each in params)
+    def own(self, x: Tensor, *params: Any) -> bool:
+        """Does x have a row for each example, and are these parameters (or None)?"""
+        return len(x) == self.size and all(each is None or id(each) in self.names for each in params)
 
 
 def linear(ghosts: Ghosts, func: Any, x: Tensor, weight: Tensor, bias: Any = None) -> Any:
     """A linear layer on [B, ..., in]."""
-    if x.dim() < 2 or not ghosts.own(weight, bias):
+    if x.dim() < 2 or not ghosts.own(x, weight, bias):
         return NotImplemented
     y = x.reshape(-1, x.shape[-1]) @ weight.t()
     y = (y if bias is None else y + bias).reshape(*x.shape[:-1], len(weight))
 
     def find(x: Tensor, dy: Tensor) -> Found:
-        return products(x.reshape(len(x), -1, x.shape[-1]), dy.reshape(len(x), -1, dy.shape[-1]), bias is not None)
+        return products(
+            x.reshape(len(x), -1, x.shape[-1]), dy.reshape(len(x), -1, dy.shape[-1]), bias is not None
+        )
 
     return ghosts.add(x, y, find, weight, bias)
 
@@ -134,7 +136,7 @@ def conv(
 ) -> Any:
     """A convolution, with weights of every example's own: the trainer's layers know these, torch's do not."""
     two = x.dim() == weight.dim() == 4
-    if not two or groups != 1 or isinstance(padding, str) or not ghosts.own(weight, bias):
+    if not two or groups != 1 or isinstance(padding, str) or not ghosts.own(x, weight, bias):
         return NotImplemented
 
     def each(leaf: Any) -> Any:
@@ -174,8 +176,12 @@ def products(x: Tensor, dy: Tensor, bias: bool) -> Found:
 
 
 def embedding(ghosts: Ghosts, func: Any, x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
-    """Rows of a table, [B, ...] numbers."""
-    if any(each not in (None, False, 2.0) for each in (*rest, *options.values())) or not ghosts.own(weight):
+    """Rows of a table, [B, ...] numbers; a single dimension may be places, not examples."""
+    if (
+        x.dim() < 2
+        or any(each not in (None, False, 2.0) for each in (*rest, *options.values()))
+        or not ghosts.own(x, weight)
+    ):
         return NotImplemented
     rows = len(weight)
 
@@ -193,10 +199,16 @@ def embedding(ghosts: Ghosts, func: Any, x: Tensor, weight: Tensor, *rest: Any, 
 
 
 def group_norm(
-    ghosts: Ghosts, func: Any, x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ghosts: Ghosts,
+    func: Any,
+    x: Tensor,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
 ) -> Any:
     """GroupNorm on [B, channels, ...]."""
-    if weight is None or bias is None or not ghosts.own(weight, bias):
+    if weight is None or bias is None or not ghosts.own(x, weight, bias):
         return NotImplemented
     unit, shape = func(x, num_groups, None, None, eps), [-1] + [1] * (x.dim() - 2)
     y = unit * weight.view(shape) + bias.view(shape)
@@ -208,7 +220,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Any:  # fmt: skip
     """LayerNorm over the last dimensions of [B, ...]."""
-    if weight is None or bias is None or x.dim() <= len(shape) or not ghosts.own(weight, bias):
+    if weight is None or bias is None or x.dim() <= len(shape) or not ghosts.own(x, weight, bias):
         return NotImplemented
     unit, last = func(x, shape, None, None, eps), weight.numel()
 
@@ -221,7 +233,9 @@ def layer_norm(
 def scales(x: Tensor, dy: Tensor, over: int) -> Found:
     """Of y = w x + b, where w and b are the same along dimension `over`."""
     dw, db = (dy * x).sum(over), dy.sum(over)
-    return dw.square().sum(1) + db.square().sum(1), lambda factors: [factors @ kept(d, factors) for d in (dw, db)]
+    return dw.square().sum(1) + db.square().sum(1), lambda factors: [
+        factors @ kept(d, factors) for d in (dw, db)
+    ]
 
 
 def kept(x: Tensor, factors: Tensor) -> Tensor:

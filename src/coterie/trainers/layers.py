@@ -475,7 +475,9 @@ class _EachConvPool(Function):
     @staticmethod
     def vmap(info, in_dims, x, w, b, *options):
         n = info.batch_size
-        flat = (None if each is None else each.flatten(0, 1) for each in ops.in_front(info, in_dims, (x, w, b)))
+        flat = (
+            None if each is None else each.flatten(0, 1) for each in ops.in_front(info, in_dims, (x, w, b))
+        )
         made = _EachConvPool.forward(*flat, *options)
         return tuple(each.unflatten(0, (n, -1)) for each in made), (0, 0)
 
@@ -494,7 +496,10 @@ class _EachConvPoolBack(Function):
         flat = (each.flatten(0, 1) for each in ops.in_front(info, in_dims, (dy, at, x, w)))
         dx, dw, db = _EachConvPoolBack.forward(*flat, needs_x, bias, *options)
         there = (needs_x, True, bias)
-        made = (each.unflatten(0, (n, -1)) if have else each for each, have in zip((dx, dw, db), there, strict=True))
+        made = (
+            each.unflatten(0, (n, -1)) if have else each
+            for each, have in zip((dx, dw, db), there, strict=True)
+        )
         return tuple(made), tuple(0 if have else None for have in there)
 
 
