@@ -2,10 +2,10 @@
 
     python benchmarks/dp_sgd.py [--model cnn] [--clients 4] [--rounds 5]
 
-Every case trains the same clients on shuffled batches of 32 MNIST-shaped examples, one thread; only "poisson" draws
-its batches as the accounting needs, and pays for their padded places. Cases are interleaved and the least
-processor time taken, because machines are shared. Plain training is timed by programs in C and by recorded
-graphs, which is how private steps run. Opacus is left out where it is not installed.
+Every case trains the same clients on shuffled batches of 32 MNIST-shaped examples, one thread; only "poisson"
+draws its batches as the accounting needs, and pays for their padded places. Cases are interleaved and the
+least processor time taken, because machines are shared. Plain training is timed by programs in C and by
+recorded graphs, which is how private steps run. Opacus is left out where it is not installed.
 """
 
 import argparse
@@ -21,6 +21,11 @@ from coterie.core import Task
 from coterie.data import ClientData
 from coterie.privacy.examples import dp_sgd
 from coterie.trainers import Problem, Vectorised
+
+try:
+    import opacus
+except ModuleNotFoundError:
+    opacus = None
 
 warnings.simplefilter("ignore")
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,14 +64,12 @@ def trained(algorithm, trainer):
 
 
 def opacus_steps():
-    from opacus import PrivacyEngine
-
     made = []
     for data in clients:
         module = models.MODELS[options.model](input_shape=(1, 28, 28), outputs=10)
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data.train), batch_size=BATCH)
         made.append(
-            PrivacyEngine().make_private(
+            opacus.PrivacyEngine().make_private(
                 module=module,
                 optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
                 data_loader=loader,
@@ -95,9 +98,9 @@ cases = {
     "clipped, float noise": trained(dp_sgd(plain, multiplier=1, **simulated), Vectorised),
     "the same, poisson": trained(dp_sgd(plain, multiplier=1, norm=1.0, protected=False), Vectorised),
 }
-try:
+if opacus:
     cases["opacus"] = opacus_steps()
-except ModuleNotFoundError:
+else:
     print("opacus is not installed: left out")
 
 for case in cases.values():

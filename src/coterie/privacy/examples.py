@@ -7,10 +7,9 @@ The denominator is the expected batch, never the real one. An example whose grad
 a refusal would tell the server about one example. Parameters that are not finite still reach the server,
 as ever, for `on_nan`.
 
-The per-example gradients are those of batches of one, by `torch.func.vmap` where the layers allow, so nothing can
-mix examples.
-Where the vectorised trainer batches clients, and the model's layers allow, `ghosts` makes the same sum without
-them; the trainer compares both before it uses what it has recorded.
+The per-example gradients are those of batches of one, by `torch.func.vmap` where the layers allow, so nothing
+can mix examples. Where the vectorised trainer batches clients, and the model's layers allow, `ghosts` makes
+the same sum without them; the trainer compares both before it uses what it has recorded.
 
 Float noise is a function of the run's seed, for research. Protected noise is integers on integers from the
 operating system's randomness. Both are operators of torch, run anew in each step of a recorded graph, with a
@@ -51,8 +50,8 @@ WAY_OUT = "use GroupNorm or LayerNorm, which look at one example at a time"
 class Exposure:
     """What happens to an example of a client: so many noisy sums, in each with probability `rate`.
 
-    The fields are those of `accounting.Release`. sampling: "poisson", or "none" where each of its `steps` sums
-    surely holds the example.
+    The fields are those of `accounting.Release`. sampling: "poisson", or "none" where each of its `steps`
+    sums surely holds the example.
     """
 
     mechanism: Literal["gaussian", "discrete_gaussian"]
@@ -72,11 +71,12 @@ def dp_sgd(
 ) -> Algorithm:
     """The algorithm with private steps: per-example gradients of L2 norm <= `norm`, and noise on their sum.
 
-    multiplier: standard deviation of the noise / norm; 0 only clips. sampling: "poisson", each example is in each
-    batch with probability batch_size / n; or "shuffled" passes, for which no amplification may be credited.
-    protected: integer noise on a grid, and batches, from the operating system; False: both from the run's seed.
-    Whatever the algorithm adds to gradients (a proximal term, control variates) it adds to the private one.
-    Raises ConfigError; for a model that mixes examples, when a client starts (see also `check_model`).
+    multiplier: standard deviation of the noise / norm; 0 only clips. sampling: "poisson", each example is in
+    each batch with probability batch_size / n; or "shuffled" passes, for which no amplification may be
+    credited. protected: integer noise on a grid, and the coins of batches, from the operating system; False:
+    both from the run's seed. Whatever the algorithm adds to gradients (a proximal term, control variates) it
+    adds to the private one. Raises ConfigError; for a model that mixes examples, when a client starts (see
+    also `check_model`).
     """
     where = f"dp_sgd(norm={norm}, multiplier={multiplier})"
     if not 0 < norm < math.inf:
@@ -122,7 +122,9 @@ def private_work(work: ClientWork, *, norm: float, multiplier: float, protected:
 
         def linear(params: Params, batch: Batch, carry: Tree) -> tuple[Tensor, Tree]:
             del batch
-            found = _Given.apply(*(grads[name] for name in params), *params.values())
+            found: Tensor = _Given.apply(  # type: ignore[no-untyped-call]
+                *(grads[name] for name in params), *params.values()
+            )
             return found / carry["expected"].to(found.dtype), carry
 
         slope, carry = work.gradient(linear, params, batch, None, carry, key)
@@ -172,8 +174,8 @@ def exposures(
 ) -> list[Exposure]:
     """What clients with so many examples expose one of them to, in `rounds` tasks each; none below another.
 
-    The guarantee is the worst of these. counts, and so the rates, are taken as known to the adversary. Shuffled:
-    an example is in one batch of each pass, and nothing is credited but that.
+    The guarantee is the worst of these. counts, and so the rates, are taken as known to the adversary.
+    Shuffled: an example is in one batch of each pass, and nothing is credited but that.
     """
     rates: dict[float, int] = {}
     for n in set(counts):
@@ -275,7 +277,7 @@ def _protected(
 ) -> tuple[Params, Tensor]:
     size, pieces, sums = _size(params), list[Tensor](), torch.zeros((), dtype=torch.int64)
     step, most = grid(norm, size), sensitivity_on_grid(norm, size)
-    for part in torch.arange(len(mask)).split(max(AT_ONCE // size, 1)):
+    for part in torch.split(torch.arange(len(mask)), max(AT_ONCE // size, 1)):
         rows = batch[0][part], batch[1][part]
         grads, losses = example_gradients(objective, params, rows, carry)
         squares = torch.stack([g.flatten(1).double().square().sum(1) for g in trees.leaves(grads)]).sum(0)
@@ -303,7 +305,7 @@ def within(examples: Tensor, most: int) -> Tensor:
 
 @custom_op("coterie::float_noise", mutates_args=())
 def float_noise(seed: Tensor, size: int, scale: float) -> Tensor:
-    """N(0, scale^2) in float32, [*seed.shape, size]: a function of each seed (int64). For simulation alone."""
+    """N(0, scale^2) in float32, [*seed.shape, size]: a function of each int64 seed. For simulation alone."""
     made = np.empty((seed.numel(), size), dtype=np.float32)
     for row, each in zip(made, seed.reshape(-1).tolist(), strict=True):
         np.random.Generator(np.random.SFC64(each % 2**64)).standard_normal(out=row, dtype=np.float32)
@@ -346,5 +348,5 @@ def _size(params: Params) -> int:
 
 def _split(flat: Tensor, params: Params) -> Params:
     """A vector as the tree of params."""
-    parts = flat.split([leaf.numel() for leaf in params.values()])
+    parts = torch.split(flat, [leaf.numel() for leaf in params.values()])
     return {name: part.reshape(leaf.shape) for part, (name, leaf) in zip(parts, params.items(), strict=True)}

@@ -1,8 +1,8 @@
 """The sum of clipped per-example gradients without those gradients, where the layers allow it.
 
-A zero is added to what each layer with parameters gives. The gradient of the losses' sum with respect to these
-zeros (for a convolution, to a copy of its weights for each example, which the trainer's layers know how to use)
-is all that the backward pass has to make: from it and from each layer's input follow the norms of the
+A zero is added to what each layer with parameters gives. The gradient of the losses' sum with respect to
+these zeros (for a convolution, to a copy of its weights for each example, which the trainer's layers know how
+to use) is all that the backward pass has to make: from it and from each layer's input follow the norms of the
 examples' gradients (Goodfellow 2015, arXiv:1510.01799; Li, Tramer, Liang, Hashimoto 2021, arXiv:2110.05679),
 then each layer's clipped sum, as one product (Bu, Wang, Zha, Karypis 2022, arXiv:2210.00038: no second pass).
 
@@ -68,7 +68,8 @@ def ghost_sum(
 class Ghosts(TorchFunctionMode):
     """Brings ghosts into layers while it is entered, and notes what these had as input.
 
-    size: of the batch. given: the ghosts, in the order of their use; None for new ones. fits: is no parameter used by anything but such a layer?
+    size: of the batch. given: the ghosts, in the order of their use; None for new ones. fits: is no
+    parameter used by anything but such a layer?
     """
 
     def __init__(self, params: Params, size: int, given: Sequence[Any] | None = None) -> None:
@@ -94,21 +95,22 @@ class Ghosts(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def note(self, x: Tensor, ghost: Any, find: Callable[[Tensor, Any], Found], *params: Any) -> Any:
-        """Note the use of these parameters (None: there is none), in the order of `find`; return the ghost."""
+        """Note the use of these parameters (None: there is none), ordered as in `find`; return the ghost."""
         self.uses.append(Use([self.names[id(each)] for each in params if each is not None], ghost, find))
         self.inputs.append(x)
         return ghost if self.given is None else self.given[len(self.uses) - 1]
 
     def add(self, x: Tensor, y: Tensor, find: Callable[[Tensor, Any], Found], *params: Any) -> Tensor:
         """y, and a ghost."""
-        return y + self.note(x, torch.zeros(y.shape, dtype=y.dtype), find, *params)
+        made: Tensor = y + self.note(x, torch.zeros(y.shape, dtype=y.dtype), find, *params)
+        return made
 
     def own(self, x: Tensor, *params: Any) -> bool:
         """Does x have a row for each example, and are these parameters (or None)?"""
         return len(x) == self.size and all(each is None or id(each) in self.names for each in params)
 
 
-def linear(ghosts: Ghosts, func: Any, x: Tensor, weight: Tensor, bias: Any = None) -> Any:
+def linear(ghosts: Ghosts, _: Any, x: Tensor, weight: Tensor, bias: Any = None) -> Any:
     """A linear layer on [B, ..., in]."""
     if x.dim() < 2 or not ghosts.own(x, weight, bias):
         return NotImplemented

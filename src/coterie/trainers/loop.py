@@ -38,8 +38,8 @@ def rows_of(count: int, config: Mapping[str, Any], key: Key, *, least: int = 1) 
     """The index batches of a task over `count` rows: `steps` of them, or `epochs` passes.
 
     least: a last batch of fewer rows joins the one before (BatchNorm cannot train on a single row).
-    With "sampling" = "poisson" in config each row is in each batch with probability batch_size / count; "secret":
-    by the system's randomness, so that who knows the seed of the run does not know the batches.
+    With "sampling" = "poisson" in config each row is in each batch with probability batch_size / count.
+    "secret": by the system's randomness, so that who knows the run's seed does not know the batches.
     """
     if config.get("sampling") == "poisson":
         return poisson(count, config, Key(os.urandom(32)) if config["secret"] else key)

@@ -61,8 +61,9 @@ class Stepper:
     """The step of one algorithm over its flat state: params, the optimiser's slots and carry, by path.
 
     shared: leaves without a dimension for the clients; moving: leaves that a step replaces. fresh: leaves
-    that the first step adds, as zeros of one client. graphs: what runs a step, by the shapes of a batch; programs: all steps of a client, likewise; ends: what finishes
-    a block; forms: of what that makes. None: not possible, or not worth it yet.
+    that the first step adds, as zeros of one client. graphs: what runs a step, by the shapes of a batch;
+    programs: all steps of a client, likewise; ends: what finishes a block; forms: of what that makes. None:
+    not possible, or not worth it yet.
     """
 
     step: Callable[..., Tree]
