@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 _own = threading.local()  # a generator for each thread
 _NONE = np.zeros(4, dtype=np.uint64)
 Key = NewType("Key", bytes)  # 32 bytes; split by `derive`, never reused for two purposes
+STILL = Key(b"")  # the key of a step that is compared with another and thrown away: nothing is drawn
 
 
 def derive(parent: int | Key, *path: str | int) -> Key:

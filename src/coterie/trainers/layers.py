@@ -99,18 +99,32 @@ def conv(
     groups: int = 1,
 ) -> Any:
     """A convolution of 1 or 2 dimensions, batched."""
-    n = weight.dim() - 2
-    if isinstance(padding, str) or n not in (1, 2) or x.dim() != n + 2:
+    each = weight.dim() == x.dim() + 1  # weights [B, ...] of every example's own: for per-example gradients
+    n = x.dim() - 2
+    if not each and weight.dim() != x.dim():
+        return NotImplemented
+    if isinstance(padding, str) or n not in (1, 2):
         return NotImplemented
     sizes = [_sizes(each, n) for each in (stride, padding, dilation)]
     if layers.precision and x.dtype == torch.float32:
         p = layers.precision
-        made = _Conv.apply(x.to(p), weight.to(p), _to(bias, p), *sizes, groups).float()
+        made = _convolved(x.to(p), weight.to(p), _to(bias, p), *sizes, groups).float()
     else:
-        made = _Conv.apply(x, weight, bias, *sizes, groups)
+        made = _convolved(x, weight, bias, *sizes, groups)
     if n == 2 and groups == 1 and sizes[2] == [1, 1] and native.fits(x, weight):
         layers.note(made, "conv", (x, weight, bias, *sizes[:2]))  # a pooling may want to do it instead
     return made
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Any, *options: Any) -> Tensor:
+    """A convolution; where weights are the examples' own, these are groups."""
+    if weight.dim() == x.dim():
+        return _Conv.apply(x, weight, bias, *options)  # type: ignore[no-any-return]
+    flat, *sizes, groups = x.reshape(1, -1, *x.shape[2:]), *options
+    made = _Conv.apply(
+        flat, weight.flatten(0, 1), None if bias is None else bias.flatten(), *sizes, groups * len(x)
+    )
+    return made.reshape(len(x), -1, *made.shape[2:])  # type: ignore[no-any-return]
 
 
 def linear(layers: Layers, x: Tensor, weight: Tensor, bias: Any = None) -> Any:
@@ -148,7 +162,8 @@ def max_pool(
     source = x if before is None else before
     conv = layers.made(source, "conv")
     if conv is not None and options[2:] == ([0, 0], [1, 1], False):
-        return _ConvPool.apply(*conv, *options[:2], before is not None, layers.bf16(*conv[:2]))[0]
+        made = _ConvPool if conv[1].dim() == 4 else _EachConvPool
+        return made.apply(*conv, *options[:2], before is not None, layers.bf16(*conv[:2]))[0]
     pooled, _ = _MaxPool.apply(source, *options)
     return pooled if before is None else torch.relu(pooled)
 
@@ -439,6 +454,53 @@ class _ConvPoolBack(Function):
         given = ops.in_front(info, in_dims, (dy, at, x, w))
         made = _conv_pool_back(*given, needs_x, bias, *options)
         return made, (0 if needs_x else None, 0, 0 if bias else None)
+
+
+class _EachConvPool(Function):
+    """The same with weights and bias [B, ...] of every example's own: as many clients of one row."""
+
+    @staticmethod
+    def forward(x, w, b, *options):
+        y, at = ops.conv_pool_forward(_pixels(x.unsqueeze(1)), _pixels(w), b, *options)
+        return _planes(y).squeeze(1), at.squeeze(1)
+
+    setup_context = staticmethod(_ConvPool.setup_context)
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        needs_x = ctx.needs_input_grad[0]
+        dx, dw, db = _EachConvPoolBack.apply(dy, *ctx.saved_tensors, needs_x, ctx.bias, *ctx.options)
+        return dx if needs_x else None, dw, db if ctx.bias else None, *[None] * len(ctx.options)
+
+    @staticmethod
+    def vmap(info, in_dims, x, w, b, *options):
+        n = info.batch_size
+        flat = (
+            None if each is None else each.flatten(0, 1) for each in ops.in_front(info, in_dims, (x, w, b))
+        )
+        made = _EachConvPool.forward(*flat, *options)
+        return tuple(each.unflatten(0, (n, -1)) for each in made), (0, 0)
+
+
+@ops.last("convolution")
+class _EachConvPoolBack(Function):
+    @staticmethod
+    def forward(dy, at, x, w, needs_x, bias, *options):
+        rows = (each.unsqueeze(1) for each in (dy, at, x))
+        dx, dw, db = _conv_pool_back(*rows, w, needs_x, bias, *options)
+        return dx.squeeze(1) if needs_x else dx, dw, db
+
+    @staticmethod
+    def vmap(info, in_dims, dy, at, x, w, needs_x, bias, *options):
+        n = info.batch_size
+        flat = (each.flatten(0, 1) for each in ops.in_front(info, in_dims, (dy, at, x, w)))
+        dx, dw, db = _EachConvPoolBack.forward(*flat, needs_x, bias, *options)
+        there = (needs_x, True, bias)
+        made = (
+            each.unflatten(0, (n, -1)) if have else each
+            for each, have in zip((dx, dw, db), there, strict=True)
+        )
+        return tuple(made), tuple(0 if have else None for have in there)
 
 
 def _conv_pool_back(dy, at, x, w, needs_x, *options):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
@@ -11,11 +13,14 @@ import torch
 from torch import Tensor
 
 from coterie.core import trees
-from coterie.core.seeds import Key, derive, seeded
+from coterie.core.seeds import Key, derive, rng, seeded
 from coterie.core.types import Algorithm, ClientWork, Params, Reply, Task, Tree
 from coterie.data import ClientData, Held, batches
 from coterie.data.types import Rows
 from coterie.trainers.problem import Problem
+
+ABSENT = -1  # a place in a batch that no row has taken
+GOLDEN = 0x1E3779B97F4A7C15  # seeds of successive steps lie this far apart
 
 
 def task_key(seed: int | Key, task: Task) -> Key:
@@ -23,17 +28,51 @@ def task_key(seed: int | Key, task: Task) -> Key:
     return derive(seed, task.kind, task.round, task.client)
 
 
+def step_seed(key: Key, step: int) -> Tensor:
+    """The seed (int64) of what a task draws in a step: the same in every trainer."""
+    first = int.from_bytes(derive(key, "dropout")[:8], "little") >> 1
+    return torch.tensor(first) + step * GOLDEN % 2**63
+
+
 def rows_of(count: int, config: Mapping[str, Any], key: Key, *, least: int = 1) -> Iterator[Rows]:
     """The index batches of a task over `count` rows: `steps` of them, or `epochs` passes.
 
     least: a last batch of fewer rows joins the one before (BatchNorm cannot train on a single row).
+    With "sampling" = "poisson" in config each row is in each batch with probability batch_size / count.
+    "secret": by the system's randomness, so that who knows the run's seed does not know the batches.
     """
+    if config.get("sampling") == "poisson":
+        return poisson(count, config, Key(os.urandom(32)) if config["secret"] else key)
     epochs, size, steps = config["epochs"], config["batch_size"], config["steps"]
     if steps is not None:
         epochs = -(-steps * (size or count) // count) + least - 1  # at least `steps` batches
     least = least if count >= least else 1  # a client with a single row is left to fail
     drawn = batches(count, epochs=epochs, batch_size=size, key=key)
     return islice(joined(drawn, least) if least > 1 else drawn, steps)
+
+
+def poisson(count: int, config: Mapping[str, Any], key: Key) -> Iterator[Rows]:
+    """Batches of independent coin flips, each followed by ABSENT up to `room_for` places.
+
+    A batch that is larger is longer: no row is left out.
+    """
+    size = min(config["batch_size"], count)
+    room = min(room_for(size), count)
+    for step in range(config["steps"] or config["epochs"] * -(-count // size)):
+        rows = np.flatnonzero(rng(derive(key, "poisson", step)).random(count) * count < size)
+        yield np.concatenate([rows, np.full(max(room - len(rows), 0), ABSENT)])
+
+
+def room_for(size: int) -> int:
+    """Places that a Poisson-sampled batch of `size` expected rows outgrows with probability < 1e-6.
+
+    Bennett's inequality for a sum of coin flips: exp(-size * h(more / size)), h(u) = (1 + u) log(1 + u) - u.
+    The next multiple of 8.
+    """
+    room = size
+    while (room + 1) * math.log((room + 1) / size) - (room + 1 - size) < math.log(1e6):
+        room += 1
+    return -(-room // 8) * 8
 
 
 def joined(drawn: Iterator[Rows], least: int) -> Iterator[Rows]:
@@ -77,8 +116,9 @@ def descend(
 
     for step, drawn in enumerate(rows):
         index = torch.from_numpy(drawn)
-        batch = (inputs[index], targets[index])
-        grads, carry = work.gradient(objective, params, batch, None, carry, derive(key, "step", step))
+        mask = None if drawn.min() >= 0 else (index != ABSENT).float()
+        batch = (inputs[index.clamp(min=0)], targets[index.clamp(min=0)])
+        grads, carry = work.gradient(objective, params, batch, mask, carry, step_seed(key, step))
         updates, slots = optimizer.update(grads, slots, params)
         params = trees.add(params, updates)
         yield Step(params, carry, len(drawn))

@@ -34,13 +34,13 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from coterie.core import native, trees
 from coterie.core.errors import RunError
-from coterie.core.seeds import Key, derive, seeded
+from coterie.core.seeds import STILL, Key, derive, seeded
 from coterie.core.types import Algorithm, Params, Replies, Reply, Task, Tree
 from coterie.data import ClientData, Held
 from coterie.data.types import Rows
 from coterie.trainers.graphs import in_place, tidy
 from coterie.trainers.layers import DRAWS, Layers
-from coterie.trainers.loop import Loop, count_of, rows_of, task_key, weight_of
+from coterie.trainers.loop import ABSENT, GOLDEN, Loop, count_of, rows_of, step_seed, task_key, weight_of
 from coterie.trainers.problem import Problem
 from coterie.trainers.programs import Program, program
 
@@ -54,7 +54,6 @@ RECORD_FROM = 3  # steps of one shape in a block that are worth a graph
 NARROW_FROM = 8  # steps of fewer clients that are worth a graph of their own
 AGREES = 1e-3  # relative difference of a gradient from the loop's
 GATHERED = 8_000_000  # bytes of batches that are put together at once
-GOLDEN = 0x1E3779B97F4A7C15  # seeds of successive steps lie this far apart
 
 
 @dataclass
@@ -62,9 +61,9 @@ class Stepper:
     """The step of one algorithm over its flat state: params, the optimiser's slots and carry, by path.
 
     shared: leaves without a dimension for the clients; moving: leaves that a step replaces. fresh: leaves
-    that the first step adds, as zeros of one client. draws: does it draw from the clients' seeds? graphs:
-    what runs a step, by the shapes of a batch; programs: all steps of a client, likewise; ends: what finishes
-    a block; forms: of what that makes. None: not possible, or not worth it yet.
+    that the first step adds, as zeros of one client. graphs: what runs a step, by the shapes of a batch;
+    programs: all steps of a client, likewise; ends: what finishes a block; forms: of what that makes. None:
+    not possible, or not worth it yet.
     """
 
     step: Callable[..., Tree]
@@ -74,7 +73,6 @@ class Stepper:
     shared: set[str]
     moving: list[str]
     fresh: dict[str, Tensor]
-    draws: bool
     graphs: dict[Any, Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
     programs: dict[Any, Program | None] = field(default_factory=dict)
     ends: dict[Any, Any] = field(default_factory=dict)
@@ -322,7 +320,7 @@ class Vectorised:
             made, after = _flat(vmap(watched, in_dims=tuple(dims), randomness="different")(*two, *batch))
         shared = {path for path in made if path not in moving and path not in batched}
         fresh = {path: torch.zeros_like(leaf[0]) for path, leaf in made.items() if path not in leaves}
-        return Stepper(step, slope, after, list(made), shared, list(moving), fresh, self.layers.draws > 0)
+        return Stepper(step, slope, after, list(made), shared, list(moving), fresh)
 
     def _step(
         self, algorithm: Algorithm
@@ -333,16 +331,16 @@ class Vectorised:
         def objective(params: Params, batch: tuple[Tensor, Tensor], carry: Tree) -> tuple[Tensor, Tree]:
             return work.objective(problem.loss, params, batch, carry)
 
-        def slope(layers: Layers) -> Callable[..., Tree]:
+        def slope(layers: Layers, *, still: bool = True) -> Callable[..., Tree]:
             def gradient(state: Tree, x: Tensor, y: Tensor, mask: Tensor, seed: Tensor) -> Tree:
                 params, _, carry = state
                 layers.mask, layers.seed = mask, seed
                 with layers:
-                    return work.gradient(objective, params, (x, y), mask, carry, None)
+                    return work.gradient(objective, params, (x, y), mask, carry, STILL if still else seed)
 
             return gradient
 
-        batched = slope(self.layers)
+        batched = slope(self.layers, still=False)
 
         def step(state: Tree, *batch: Tensor) -> Tree:
             grads, carry = batched(state, *batch)
@@ -371,7 +369,7 @@ class Vectorised:
             for path, leaf in state.items()
         }
         begun, clients = state, len(keys)
-        seeds = torch.tensor([_seed(key) if stepper.draws else 0 for key in keys])
+        seeds = torch.stack([step_seed(key, 0) for key in keys])
         losses, seen = torch.zeros(clients, dtype=torch.float64), lengths.double()
         working = (lengths > 0).sum(1).tolist()  # clients, in each step
         shapes = _shapes(working, lengths.amax(1).tolist(), few=self.few, narrow=not self.compile)
@@ -614,7 +612,7 @@ def _laid_out(datas: Sequence[ClientData | Held], drawn: Sequence[Sequence[Rows]
     """All clients' inputs and targets, and which rows of them are in each batch.
 
     Returns x [rows, ...], y [rows, ...], index and mask [steps, clients, rows in a batch], and how many rows
-    are real, [steps, clients].
+    each batch has, [steps, clients].
     """
     first = datas[0]
     if isinstance(first, Held) and all(isinstance(data, Held) and data.x is first.x for data in datas):
@@ -628,19 +626,16 @@ def _laid_out(datas: Sequence[ClientData | Held], drawn: Sequence[Sequence[Rows]
     for client, batches in enumerate(drawn):
         lengths[client, : len(batches)] = [len(rows) for rows in batches]
     real = np.arange(lengths.max()) < lengths[:, :, None]  # [clients, steps, rows in a batch]
-    index = np.empty(real.shape, dtype=np.int64)
+    kept, index = real.copy(), np.empty(real.shape, dtype=np.int64)
     index[:] = np.array([rows[0] for rows in owned])[:, None, None]
     begins = np.cumsum([0, *map(len, owned[:-1])])  # of each client's rows, in those of all
     places = np.concatenate([rows for batches in drawn for rows in batches])
-    index[real] = np.concatenate(owned)[places + begins.repeat(lengths.sum(1))]
+    kept[real] = places != ABSENT
+    index[real] = np.concatenate(owned)[np.maximum(places, 0) + begins.repeat(lengths.sum(1))]
     if not real.all():  # the batch's own are padded with: 0 * NaN of others would be NaN
         index = np.where(real, index, index[:, :, :1])
-    at, mask, taken = (torch.from_numpy(each).transpose(0, 1) for each in (index, real, lengths))
+    at, mask, taken = (torch.from_numpy(each).transpose(0, 1) for each in (index, kept, lengths))
     return x, y, at, mask.float(), taken
-
-
-def _seed(key: Key) -> int:
-    return int.from_bytes(derive(key, "dropout")[:8], "little") >> 1
 
 
 def _shapes(working: Sequence[int], sizes: Sequence[int], *, few: bool, narrow: bool) -> list[Shape]:
