@@ -40,6 +40,10 @@ def test_no_integer_vector_is_above_the_bound(values, norm, order):
 def test_a_client_that_skipped_the_clip_is_refused():
     with pytest.raises(NonFinite, match="not clipped"):
         truncated({"u": torch.full((2, 3), 5.0)}, grid(1.0))
+    with pytest.raises(NonFinite, match="not clipped"):  # a sum of squares beyond 64 bits
+        truncated({"u": torch.full((1, 20_000), 1.0)}, grid(1.0))
+    with pytest.raises(NonFinite, match="not finite"):
+        truncated({"u": torch.tensor([[0.0, float("nan")]])}, grid(1.0))
 
 
 @pytest.mark.parametrize("at", ["server", "client", "shares"])

@@ -28,6 +28,9 @@ from coterie.privacy.noise import discrete_gaussian, discrete_laplace, skellam
 At = Literal["server", "client", "shares"]
 Mechanism = Literal["gaussian", "laplace", "skellam"]
 BITS, FEW_BITS = 24, 12  # the norm is 2^24 to 2^25 grid steps; with Skellam noise, whose cost grows with it
+WIDE = (torch.float32, torch.float64)
+PIECE = 2**16  # numbers of a row at a time, which stay in the cache
+UNCLIPPED = "an update that is not finite, or was not clipped before it met the grid"
 
 
 class Grid(NamedTuple):
@@ -135,25 +138,43 @@ def truncated(ups: Tree, grid: Grid) -> Tree:
     down until it is kept. Raises NonFinite for NaN or infinity, and for a row that was never clipped.
     """
     leaves = [leaf.reshape(len(leaf), -1) for leaf in trees.leaves(ups)]
-    scale = torch.ones(len(leaves[0]), dtype=torch.float64)
     limit = grid.bound**grid.order
-    most = math.floor(limit)
+    for leaf in leaves:
+        if leaf.numel() and not (trees.largest(leaf) <= 1.01 * float(grid.bound) * grid.step).all():
+            raise NonFinite(UNCLIPPED)
+    # times a power of two is exact, and so is the cut of what is below a step
+    whole = [(leaf if leaf.dtype in WIDE else leaf.float()).mul(1 / grid.step).int() for leaf in leaves]
+    for row in (_power(whole, grid.order) > math.floor(limit)).nonzero().flatten().tolist():
+        fitted = _fitted([leaf[row : row + 1].double() / grid.step for leaf in leaves], limit, grid.order)
+        for part, leaf in zip(whole, fitted, strict=True):
+            part[row : row + 1] = leaf
+    parts = iter(whole)
+    return trees.map_tree(lambda leaf: next(parts).reshape(leaf.shape), ups)
+
+
+def _fitted(row: list[Tensor], limit: Fraction, order: int) -> list[Tensor]:
+    """One row, in steps, scaled down until its integers are within the limit."""
+    scale = 1.0
     for attempt in range(64):
-        whole = [torch.trunc(leaf.double() * (scale / grid.step).unsqueeze(1)) for leaf in leaves]
-        size = torch.stack([_power(part, grid.order) for part in whole]).sum(0)
-        over = ~(size <= most)
-        if not over.any():
-            parts = iter(whole)
-            return trees.map_tree(lambda leaf, parts=parts: next(parts).int().reshape(leaf.shape), ups)
-        if not (size < 1.01 * float(limit)).all():
-            raise NonFinite("an update that is not finite, or was not clipped before it met the grid")
-        scale[over] *= 1 - 2.0 ** (attempt - 40)
+        whole = [(leaf * scale).int() for leaf in row]
+        size = int(_power(whole, order))
+        if size <= limit:
+            return whole
+        if size > 1.01 * float(limit):
+            raise NonFinite(UNCLIPPED)
+        scale *= 1 - 2.0 ** (attempt - 40)
     raise NonFinite("an update cannot be brought within its clipping norm")
 
 
-def _power(whole: Tensor, order: int) -> Tensor:
-    """Sum of |x|^order over each row of integers in float64 [n, d]: exact up to 2^53."""
-    return (whole.abs() if order == 1 else whole * whole).sum(1)
+def _power(whole: Sequence[Tensor], order: int) -> Tensor:
+    """Sum of |x|^order over each row of int32 leaves [n, d]; squares in float64, exact up to 2^53."""
+    if order == 1:
+        return torch.stack([part.abs().sum(1) for part in whole]).sum(0)
+    rows = [
+        [float(piece.dot(piece)) for part in whole for piece in map(Tensor.double, part[row].split(PIECE))]
+        for row in range(len(whole[0]))
+    ]
+    return torch.tensor([sum(row) for row in rows], dtype=torch.float64)
 
 
 def _root(variance: Fraction) -> Fraction:
