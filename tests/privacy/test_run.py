@@ -1,18 +1,25 @@
 """Client-level privacy in whole runs: bits, claims, the budget, the ledger, and what is refused."""
 
+import asyncio
 import json
 import math
+import queue
 from dataclasses import replace
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import coterie as ct
+from coterie.core import Task, trees
 from coterie.experiment import assemble, report
 from coterie.experiment.assemble import algorithm_of
+from coterie.experiment.client import Handed
 from coterie.experiment.promise import refuse_uncalibrated
 from coterie.privacy import added
 from coterie.privacy.noise import insecure_source
+from coterie.storage import Blobs
 
 CLIP = {"kind": "clip", "norm": 1.0}
 NOISE = {"kind": "noise", "at": "server", "multiplier": 1.0, "delta": 1e-3}
@@ -229,3 +236,29 @@ def test_refused(change, said, way_out):
         assemble(ct.load({**SMALL, **change}))
     assert said in str(caught.value)
     assert way_out in " ".join(map(str, (caught.value, getattr(caught.value, "hint", ""))))
+
+
+def test_a_training_script_sends_its_update_with_noise(tmp_path):
+    """On the grid, and never the same integers twice, though the script changed nothing."""
+    chain = [CLIP, {**NOISE, "at": "client"}]
+    config = {**SMALL, "transforms": chain}
+    made, blobs, heard = assemble(ct.load(config)), Blobs(tmp_path), []
+    down = made.algorithm.broadcast(made.algorithm.init(made.initial))
+    task = Task(0, made.population.clients[0], 0, 0, blobs.write(down).digest, config=made.algorithm.local(0))
+
+    async def script():
+        handed = Handed(
+            queue.SimpleQueue(), SimpleNamespace(config=config, blobs=tmp_path), heard.append, print
+        )
+        for _ in range(2):
+            handed.give([task])
+            offered = handed.offer(task)
+            handed.offered.get()
+            offered.send(offered.params, 5.0, {"loss": 1.0})
+            await asyncio.sleep(0)
+
+    asyncio.run(script())
+    ups = [trees.leaves(blobs.read(done.up.digest))[-1] for done in heard]
+    assert all(leaf.dtype == torch.int64 and leaf.any() for leaf in ups)
+    assert not torch.equal(*ups)
+    assert all((done.weight, done.samples, done.metrics) == (1.0, 0, {}) for done in heard)
