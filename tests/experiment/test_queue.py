@@ -274,3 +274,47 @@ def test_each_run_has_its_own_log(queue, tmp_path):
         }  # or told twice
         rows = [json.loads(line) for line in (Path(ended.folder) / "metrics.jsonl").read_text().splitlines()]
         assert len(lines) == sum(row["clients"]["lost"] for row in rows)
+
+
+PRIVATE = {
+    "algorithm": {**TOY["algorithm"], "weighting": "uniform"},
+    "transforms": [
+        {"kind": "clip", "norm": 1.0},
+        {"kind": "noise", "at": "server", "multiplier": 1.0, "delta": 1e-3},
+    ],
+}
+
+
+def test_a_private_run_keeps_its_ledger_on_a_server_too(queue):
+    """A crash leaves the ledger open and costs a round; a ledger of other noise ends the run."""
+    server = queue()
+
+    def watch(run, progress):
+        if progress.round == 1 and progress.done == 2:
+            server.stop(run)
+
+    def resumed(**change):
+        ledger.write_text(json.dumps(json.loads(ledger.read_text()) | change))
+        server.resume(id)
+        return server.wait(id, 60)
+
+    server.watch = watch
+    id = server.submit(toml(**PRIVATE))
+    ended = server.wait(id, 60)
+    ledger = Path(ended.folder) / "privacy.json"
+    assert (ended.status, json.loads(ledger.read_text())["open"]) == ("stopped", False)
+    server.watch = lambda run, progress: None
+    failed = resumed(multiplier=9.0)
+    assert (failed.status, "multiplier = 9.0" in failed.error) == ("failed", True)
+    ended = resumed(multiplier=1.0, open=True)
+    assert ended.status == "finished"
+    assert result(ended)["privacy"]["claims"][0]["rounds"] == TOY["schedule"]["rounds"] + 1
+
+
+def test_noise_of_sites_is_submitted_with_its_multiplier(queue):
+    """They are sent the config as it was signed, which says no more than the budget."""
+    clip, _ = PRIVATE["transforms"]
+    budget = {"kind": "noise", "at": "client", "budget": {"epsilon": 50.0, "delta": 1e-3}}
+    with pytest.raises(ConfigError) as caught:
+        queue().submit(toml(**{**PRIVATE, "transforms": [clip, budget]}))
+    assert "set multiplier = " in caught.value.hint

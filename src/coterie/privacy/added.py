@@ -171,7 +171,11 @@ def _power(whole: Sequence[Tensor], order: int) -> Tensor:
     if order == 1:
         return torch.stack([part.abs().sum(1) for part in whole]).sum(0)
     rows = [
-        [float(piece.dot(piece)) for part in whole for piece in map(Tensor.double, part[row].split(PIECE))]
+        [
+            float(piece.dot(piece))
+            for part in whole
+            for piece in map(Tensor.double, torch.split(part[row], PIECE))
+        ]
         for row in range(len(whole[0]))
     ]
     return torch.tensor([sum(row) for row in rows], dtype=torch.float64)
