@@ -127,12 +127,13 @@ def test_the_recursion_refutes_what_a_linear_program_finds_impossible(m, g, v, p
 def test_gaussian_epsilons_are_those_of_dp_accounting():
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    for sigma in (0.7, 1.0, 3.73063):
+    for sigma in (0.15, 0.7, 3.73063):
         exact = pld.from_gaussian_mechanism(sigma, value_discretization_interval=1e-4)
         assert bounds.epsilon_of(1 / sigma, DELTA) == pytest.approx(
             exact.get_epsilon_for_delta(DELTA), abs=1e-3
         )
     assert 1 / bounds.mu_of(1.0, DELTA) == pytest.approx(3.73063, abs=1e-5)
+    assert bounds.epsilon_of(bounds.mu_of(1000.0, DELTA), DELTA) == pytest.approx(1000, rel=1e-6)
 
 
 def test_a_gaussian_curve_touches_its_own_profile():

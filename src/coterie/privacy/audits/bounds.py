@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import count
 from statistics import NormalDist
 
 import numpy as np
@@ -21,7 +20,7 @@ from coterie.core.errors import ConfigError
 
 NORMAL = NormalDist()
 STEPS = 24  # of bisection
-LARGEST = 64.0  # epsilon or mu: more is not told apart from no privacy
+LARGEST = 2**20  # epsilon or mu: more is not told apart from no privacy
 Curve = Callable[[float], float]  # rate of true positives -> the least possible rate of false positives
 
 
@@ -120,7 +119,7 @@ def gaussian(mu: float) -> Curve:
 
 def approximate(*pairs: tuple[float, float]) -> Curve:
     """The curve of a mechanism that is (epsilon, delta)-DP for each pair: a profile of its accountant."""
-    known = [(math.exp(epsilon), math.exp(-epsilon), delta) for epsilon, delta in pairs]
+    known = [(math.exp(min(epsilon, 700)), math.exp(-epsilon), delta) for epsilon, delta in pairs]
 
     def curve(rate: float) -> float:
         each = (max((rate - delta) * less, 1 - delta - (1 - rate) * more) for more, less, delta in known)
@@ -216,8 +215,9 @@ def _largest(holds: Callable[[float], bool]) -> float:
 
 def _root(below: Callable[[float], bool]) -> float:
     """Where `below` turns false, found from below and so never too large."""
-    high = next(float(x) for x in (2**n for n in count()) if x >= LARGEST or not below(float(x)))
-    low = 0.0
+    low, high = 0.0, 1.0
+    while high < LARGEST and below(high):
+        high *= 2
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if below(middle) else (low, middle)
