@@ -89,7 +89,7 @@ def _row(audit: Audit, top: float) -> str:
 
 def _bar(audit: Audit, top: float) -> str:
     """The lower bound as a bar and the promise as a line, on one scale of epsilon."""
-    length, mark = (WIDTH * min(x or 0.0, top) / top for x in (audit.lower_bound, audit.promised or math.inf))
+    length, mark = (WIDTH * min(x or 0.0, top) / top for x in (audit.lower_bound, audit.promised))
     colour = "#c0392b" if audit.violated else "#2e86ab"
     line = (
         ""
