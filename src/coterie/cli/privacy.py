@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from coterie.cli.audits import audit
 from coterie.cli.progress import columns, emit
 from coterie.errors import ConfigError
 
@@ -148,3 +149,6 @@ def plan(
             for e, c, r, z, std, ratio in found
         ],
     )
+
+
+privacy.command()(audit)

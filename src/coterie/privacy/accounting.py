@@ -415,7 +415,8 @@ def _assumptions(releases: Sequence[Release], between: Neighbours, distance: flo
         made.append(
             {
                 "none": "no amplification by sampling is credited: a record may be in every step",
-                "poisson": "each record is in each step independently with the sampling rate",
+                "poisson": "each record is in each step independently with the sampling rate, and how many "
+                "are stays secret",
                 "fixed": "each step's cohort is drawn anew, uniformly among all of its size",
             }[kind]
         )
