@@ -86,9 +86,12 @@ def test_bad_input_is_refused(folder, tmp_path):
 def test_promises_are_turned_to_the_neighbours_of_the_attack():
     example = {"unit": "example", "epsilon": 1.0, "delta": 1e-6}
     assert promise(None, replaced=False)[:2] == (None, 1e-5)
-    assert promise(example, replaced=False)[:2] == (1.0, 1e-6)
+    assert promise({"claims": [example]}, replaced=False)[:2] == (1.0, 1e-6)
     twice = (2.0, pytest.approx((1 + 2.718281828) * 1e-6))
-    assert promise([example], replaced=True)[:2] == twice
-    assert promise([{**example, "unit": "client"}], replaced=False)[:2] == twice
-    assert promise([{**example, "epsilon": 30.0}], replaced=True)[:2] == (None, 1e-5)  # delta would pass 1
-    assert promise([{"unit": "client", "epsilon": None}], replaced=False)[0] is None
+    assert promise({"claims": [example]}, replaced=True)[:2] == twice
+    assert promise({"claims": [{**example, "unit": "client"}]}, replaced=False)[:2] == twice
+    assert promise({"claims": [{**example, "epsilon": 30.0}]}, replaced=True)[:2] == (
+        None,
+        1e-5,
+    )  # delta would pass 1
+    assert promise({"claims": [{"unit": "client", "epsilon": None}]}, replaced=False)[0] is None

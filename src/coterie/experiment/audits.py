@@ -124,7 +124,7 @@ def promise(privacy: Any, *, replaced: bool) -> tuple[float | None, float, tuple
     replaced: for neighbours that differ in a row's content. A promise for adding or removing one row holds
     for that twice, with delta times 1 + e^epsilon; so does one for clients, each of whom holds many rows.
     """
-    claims: Sequence[Mapping[str, Any]] = [privacy] if isinstance(privacy, Mapping) else privacy or ()
+    claims: Sequence[Mapping[str, Any]] = (privacy or {}).get("claims", ())
     for claim in claims:
         epsilon, delta = claim.get("epsilon"), claim.get("delta")
         if epsilon is None or delta is None:

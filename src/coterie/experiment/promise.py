@@ -119,7 +119,7 @@ class Promise:
         """result.json["privacy"]["claims"], after so many rounds."""
         at, protected = self.noise["at"], self.noise["protected"]
         spent = self.spent(rounds)
-        notes = [*spent.assumptions, *LIMITS]
+        notes = [each.replace("record", "client") for each in spent.assumptions] + list(LIMITS)
         if at == "shares":
             notes.insert(0, f"secure aggregation, and at least {self.noise['least']} honest repliers a round")
         if not protected:

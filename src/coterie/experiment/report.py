@@ -397,10 +397,10 @@ def _privacy(run: Run) -> str:
     for claim in told.get("claims") or ():
         label = "" if claim.get("protected") else "<strong>Simulated noise: not private.</strong> "
         said = (
-            f"Whether one {claim.get('unit')} is there or what it holds changes the odds of anything seen by "
-            f"{claim.get('adversary')} by at most a factor e^ε, but for a probability δ: "
-            f"ε = {number(claim.get('epsilon')) or 0:.3g}, δ = {claim.get('delta')}, after "
-            f"{claim.get('rounds')} rounds. {claim.get('mechanism')} noise, multiplier "
+            f"Each {claim.get('unit')}, with ε = {number(claim.get('epsilon')) or 0:.3g} and "
+            f"δ = {claim.get('delta')} after {claim.get('rounds')} rounds: whether it took part changes the "
+            "odds of anything that the adversary may see by at most a factor e^ε, but for a probability δ. "
+            f"The adversary is {claim.get('adversary')}. Noise: {claim.get('mechanism')}, multiplier "
             f"{number(claim.get('noise_multiplier')) or 0:.4g}, clipping norm {claim.get('clipping_norm')}; "
             f"accountant: {claim.get('accountant')}; neighbours: {claim.get('neighbours')}."
         )
