@@ -490,7 +490,8 @@ def placed(parts: Parts, sites: Sequence[str]) -> Callable[[ClientId], str]:
 def expected(parts: Parts) -> Tree:
     """An update as every client must send it: its names, shapes and dtypes, on the meta device."""
     algorithm = parts.algorithm
-    down, config = algorithm.broadcast(algorithm.init(parts.initial)), algorithm.local(0)
+    initial = trees.map_tree(lambda leaf: leaf.to("meta"), parts.initial)
+    down, config = algorithm.broadcast(algorithm.init(initial)), algorithm.local(0)
     work = algorithm.client_work
     memory = work.remember(down) if work.remember else None
     params, carry = work.start(down, memory, config)

@@ -316,10 +316,10 @@ class Queue:
         """The parts of a config; what its package brings is in a process of its own."""
         config = replace(_config(text), folder=self.code)
         if not package:
-            yield assemble(config, data_dir=self.data_dir)
+            yield assemble(config, data_dir=self.data_dir, trains=False)
             return
         with Away(config, self._unpacked(id, package), self.folder / "code", self.data_dir) as model:
-            yield assemble(config, data_dir=self.data_dir, away=model)
+            yield assemble(config, data_dir=self.data_dir, away=model, trains=False)
 
     def _unpacked(self, id: str, package: str) -> Environment:
         folder = self.folder / "code"
