@@ -98,7 +98,7 @@ class Synchronous:
                     "see run.log for each client's error; then mend it and go on with --resume, "
                     "or lower schedule.quorum",
                 )
-            state = algorithm.finalize(state, *algorithm.aggregator.finish(got.fold.acc))
+            state = algorithm.finalize(state, *got.finish(algorithm.aggregator))
             accepted = remembered(algorithm, got)
             memory.update(accepted)
             resume = {"version": round + 1, "next": next(ids) + 1}
