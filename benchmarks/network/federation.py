@@ -34,7 +34,7 @@ from coterie.storage import Blobs
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 300.0  # seconds in which something must be heard of a process
-WIDTH = 75  # numbers of an MLP on 8 x 8 digits, for each hidden unit: 64 + 1 + 10
+ENDS = 64 + 10 + 3  # numbers of an MLP on 8 x 8 digits with three layers of n units: 2 n^2 + n * ENDS + 10
 
 
 class Program:
@@ -185,7 +185,7 @@ def config(sites: int, megabytes: float, rounds: int) -> dict[str, Any]:
         "name": "numbers",
         "seed": 1,
         "data": {"dataset": "digits", "partition": {"kind": "iid", "clients": sites}},
-        "model": {"kind": "mlp", "hidden": max(int(megabytes * 1e6 / 4 / WIDTH), 1)},
+        "model": {"kind": "mlp", "hidden": [max(int((ENDS**2 + 2e6 * megabytes) ** 0.5 - ENDS) // 4, 1)] * 3},
         "algorithm": {"kind": "fedavg", "client": {"lr": 0.1, "steps": 1, "batch_size": 32}},
         "schedule": {"kind": "synchronous", "rounds": rounds, "cohort": sites},
         "run": {"evaluate_every": 10**6, "evaluate_clients": False, "keep_checkpoints": 1},

@@ -36,6 +36,7 @@ async def drive(
                 now, event = await backend.event()
                 on_event(now, event)
                 actions = plan.send(event)
+                del event  # its tensors, while the next one is waited for
             else:
                 actions = plan.send(None)
     except StopIteration as stop:

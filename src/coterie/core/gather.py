@@ -55,6 +55,11 @@ class Gathered:
     fold: Fold
     accepted: dict[ClientId, int] = field(default_factory=dict)
 
+    def finish(self, aggregator: Aggregator) -> tuple[Tree, float, int]:
+        """The aggregate, its weight and its count. What it is made of, several models large, is let go of."""
+        acc, self.fold = self.fold.acc, self.fold._replace(acc=None)
+        return aggregator.finish(acc)
+
     def metrics(self) -> dict[str, float]:
         """Weighted means of what the clients measured while training."""
         return {
@@ -234,6 +239,7 @@ def gather(
         if waiting.pop(event.task.id, None) is None:
             continue
         accept(got, aggregator, event, on_nan)
+        del event  # its tensors, while the next one is waited for
     rest = [Cancel(task) for task in waiting]
     if deadline is not None:
         rest.append(Cancel(timer))
@@ -341,6 +347,7 @@ def interleave(job: Callable[[Task], Generator[Sequence[Action], Any, Reply]]) -
         else:
             key = owner.pop(event.id if isinstance(event, Tick) else event.task.id, None)
             actions = advance(key, event) if key in live else []
+        del event
 
 
 def unfolded(
@@ -367,12 +374,13 @@ def unfolded(
             while event is not None and (event.id if isinstance(event, Tick) else event.task.id) in below:
                 rest, answer = relayed(event)
                 if answer is not None:
-                    event, out = answer, rest
+                    event, out, answer = answer, rest, None
                     break
                 event = yield rest
                 while event is None:  # the rest were cancellations
                     event = yield []
             actions = plan.send(event)
+            event = None
     except StopIteration as stop:
         result: T = stop.value
         return result

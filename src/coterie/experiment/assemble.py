@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -53,6 +53,12 @@ TRAINERS = ("auto", "vectorised", "loop", "custom")
 AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = {"krum": krum, "mean": mean}
 
 
+class Elsewhere(NamedTuple):
+    """Stands for the trainer in a process that does not train: each site chooses what it can use."""
+
+    name: str = "sites"
+
+
 @dataclass(frozen=True)
 class Parts:
     """Everything that a run needs, built and checked; nothing has been written or trained yet."""
@@ -60,16 +66,21 @@ class Parts:
     config: Config
     population: Population
     problem: Problem
-    initial: Any  # the model before training: {"params", "buffers"}
+    begin: Callable[[], Any]  # makes the model before training: {"params", "buffers"}
     local: Local
     algorithm: Algorithm
     schedule: Any
-    trainer: Loop | Custom | Vectorised
+    trainer: Loop | Custom | Vectorised | Elsewhere
     note: str  # which trainer was chosen, and why
     test: tuple[Tensor, Tensor]  # the global test set
     model: nn.Module | None  # objects that were given instead of names in the config
     fit: Callable[..., Any] | None
     promise: Promise | None = None  # of privacy
+
+    @property
+    def initial(self) -> Any:
+        """The model before training: {"params", "buffers"}."""
+        return self.begin()
 
     def pool(self, memories: Store) -> Pool:
         """Who answers the clients' tasks: this process, several, or a Ray cluster."""
@@ -85,6 +96,7 @@ class Parts:
 
     def site(self, memories: Store) -> Site:
         """What answers them in one process."""
+        assert not isinstance(self.trainer, Elsewhere)
         return _site(self.population, self.problem, self.algorithm, self.trainer, memories)
 
     def backend(self, pool: Pool, clock: Mapping[str, Any] | None) -> InProcess:
@@ -108,15 +120,21 @@ def assemble(
     dataset: Dataset | None = None,
     fit: Callable[..., Any] | None = None,
     away: Any = None,
+    trains: bool = True,
 ) -> Parts:
     """Build every part of the config. model, dataset, fit: objects to use instead of the config's.
 
+    trains: False where others do all tasks: which trainer fits is not tried out, and the initial model is
+    made anew whenever it is asked for.
     away: an `away.Away`, where the config's model and trainer must not be loaded in this process.
     Raises ConfigError or DataError.
     """
     dataset = dataset or load_dataset(config, data_dir)
     population = load_population(config, dataset)
     problem, initial = (away, away.initial) if away else _problem(config, dataset, model)
+    begin: Callable[[], Any] = lambda: initial  # noqa: E731
+    if not trains and not away:
+        begin = lambda: _problem(config, dataset, model)[1]  # noqa: E731
     schedule = _schedule(config, population)
     local, algorithm = _plain(config, len(population.clients))
     promised = promise(config, schedule, len(population.clients), _dimension(config, algorithm, initial))
@@ -124,7 +142,9 @@ def assemble(
         refuse_parts(config, promised.noise, algorithm, initial)
         config, schedule = with_multiplier(config, promised), replace(schedule, rounds=promised.rounds)
     algorithm = transformed(algorithm, chain_of(config, len(population.clients)))
-    trainer, note = (away, away.note) if away else _trainer(config, problem, algorithm, population, fit)
+    trainer, note = (
+        (away, away.note) if away else _trainer(config, problem, algorithm, population, fit, trains)
+    )
     test = _test(population)
     some = dataset.train if dataset.remote else None
     inputs, targets = (dataset.prepare(some.x[:2]), some.y[:2]) if some else (test[0][:2], test[1][:2])
@@ -133,7 +153,7 @@ def assemble(
         config,
         population,
         problem,
-        initial,
+        begin,
         local,
         algorithm,
         schedule,
@@ -149,6 +169,8 @@ def assemble(
     plan = schedule(algorithm, algorithm.init(initial), population.clients)
     next(plan)  # a plan does no I/O, so what it would refuse at its start is found out here
     plan.close()
+    if not trains and not away:
+        problem.forget()
     return made
 
 
@@ -371,7 +393,8 @@ def _trainer(
     algorithm: Algorithm,
     population: Population,
     fit: Callable[..., Any] | None,
-) -> tuple[Loop | Custom | Vectorised, str]:
+    trains: bool = True,
+) -> tuple[Any, str]:
     settings = config.backend["trainer"]
     section = {"kind": settings} if isinstance(settings, str) else dict(settings)
     kind = "custom" if fit is not None else section.pop("kind", "auto")
@@ -384,6 +407,8 @@ def _trainer(
     if kind in ("custom", "loop"):
         told = {"custom": "your own fit", "loop": "one client after the other"}
         return _made(kind, config, problem, fit), f"trainer: {kind} ({told[kind]})"
+    if not trains:
+        return Elsewhere(), f"trainer: {kind}, as each site finds"
     trainer = _made("vectorised", config, problem, fit)
     assert isinstance(trainer, Vectorised)
     clients = [population.clients[0], population.clients[-1]]

@@ -491,7 +491,10 @@ def placed(parts: Parts, sites: Sequence[str]) -> Callable[[ClientId], str]:
 def expected(parts: Parts) -> Tree:
     """An update as every client must send it: its names, shapes and dtypes, on the meta device."""
     algorithm = parts.algorithm
-    state = algorithm.init(parts.initial)
+    initial = parts.initial
+    if not algorithm.transforms:  # what transforms do with an update depends on it
+        initial = trees.map_tree(lambda leaf: leaf.to("meta"), initial)
+    state = algorithm.init(initial)
     like = trees.map_tree(lambda leaf: leaf.unsqueeze(0), update_like(algorithm, state))
     made = encode(algorithm.transforms, like, [Task(0, "", 0, 0, algorithm.broadcast(state))])
     return trees.map_tree(lambda leaf: leaf[0].to("meta"), made)

@@ -314,12 +314,12 @@ class Queue:
         """The parts of a config; what its package brings is in a process of its own."""
         config = replace(_config(text), folder=self.code)
         if not package:
-            parts = assemble(config, data_dir=self.data_dir)
+            parts = assemble(config, data_dir=self.data_dir, trains=False)
             refuse_uncalibrated(config, parts.promise)
             yield parts
             return
         with Away(config, self._unpacked(id, package), self.folder / "code", self.data_dir) as model:
-            parts = assemble(config, data_dir=self.data_dir, away=model)
+            parts = assemble(config, data_dir=self.data_dir, away=model, trains=False)
             refuse_uncalibrated(config, parts.promise)
             yield parts
 

@@ -109,8 +109,9 @@ class Session:
         self.parts, self.folder, self.place, self.watch, self.stop = parts, folder, place, watch, stop
         settings = parts.config.run
         self.started = time.perf_counter()
-        fresh = Kept(0, parts.algorithm.init(parts.initial), None, {"total": 0.0, "train": 0.0})
-        kept = place.open(self._worked) or fresh
+        kept = place.open(self._worked)
+        if kept is None:
+            kept = Kept(0, parts.algorithm.init(parts.initial), None, {"total": 0.0, "train": 0.0})
         self.version, self.state, self.resume, self.before = kept
         self.first, self.now = self.version, 0.0
         self.rows: list[Mapping[str, Any]] = []

@@ -109,7 +109,7 @@ class Buffered:
                     "see run.log for each client's error; then mend it and go on with --resume",
                 )
             if got.fold.replies == self.buffer:
-                state = algorithm.finalize(state, *algorithm.aggregator.finish(got.fold.acc))
+                state = algorithm.finalize(state, *got.finish(algorithm.aggregator))
                 version, down = version + 1, algorithm.broadcast(state)
                 accepted = remembered(algorithm, got)
                 memory.update(accepted)

@@ -121,7 +121,7 @@ class Synchronous:
                 )
             private = any(each.cohort for each in algorithm.transforms)
             if tasks or private:  # noise hides that nobody was drawn
-                state = algorithm.finalize(state, *algorithm.aggregator.finish(got.fold.acc))
+                state = algorithm.finalize(state, *got.finish(algorithm.aggregator))
             accepted = remembered(algorithm, got)
             memory.update(accepted)
             resume = {"version": round + 1, "next": next(ids) + 1}

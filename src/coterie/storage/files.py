@@ -143,10 +143,10 @@ def dump_tree(tree: Tree) -> Iterator[bytes | memoryview]:
 def open_tree(path: Path) -> Tree:
     """Read what `dump_tree` gave and its keeper has verified. Safe for bytes that anybody wrote.
 
+    The tensors are mapped: they are read when they are used, and writing to them does not change the file.
     Raises RunError naming the file and what is wrong when it is missing, cut short or not ours.
     """
-    tensors, _ = _read(path)
-    return _decoded(path, tensors)
+    return _decoded(path, _read(path)[0])
 
 
 def load_tree(path: Path) -> tuple[Tree, dict[str, Any]]:
@@ -154,7 +154,8 @@ def load_tree(path: Path) -> tuple[Tree, dict[str, Any]]:
 
     Raises RunError naming the file and what is wrong when it is missing, cut short, damaged or not ours.
     """
-    tensors, metadata = _read(path)
+    mapped, metadata = _read(path)
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}  # later pages would be unverified
     if not {"meta", "sha256"} <= metadata.keys():
         raise _damaged(path, "it was not written by Coterie")
     if _digest(metadata["meta"], tensors) != metadata["sha256"]:
@@ -180,8 +181,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # A clone, because the file is mapped: later pages would come from the disk, unverified.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing") from error
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coterie.core import trees
 from coterie.core.errors import ConfigError
 from coterie.core.types import Batch, Params, Tree
 
@@ -41,15 +40,16 @@ LOSSES: Mapping[TaskKind, Callable[[Tensor, Tensor], Tensor]] = {
 class Problem:
     """A model and a loss. It keeps private copies of the module, one in training and one in evaluation mode.
 
-    Neither copy's own parameters are ever used: every call names its params and buffers, so nothing leaks
-    from one client to the next. Threads must not share a Problem (law 8), because `functional_call` swaps
-    the module's tensors while it runs: a second thread gets a RuntimeError.
+    The copies share their parameters, which are never changed: every call names its params and buffers, so
+    nothing leaks from one client to the next. Threads must not share a Problem (law 8), because
+    `functional_call` swaps the module's tensors while it runs: a second thread gets a RuntimeError.
     """
 
     def __init__(self, module: nn.Module, task: TaskKind = "classification") -> None:
         self.task = task
         self.training = copy.deepcopy(module).train()
-        self.evaluation = copy.deepcopy(module).eval()
+        own = (*self.training.parameters(), *self.training.buffers())
+        self.evaluation = copy.deepcopy(self.training, {id(tensor): tensor for tensor in own}).eval()
         self.per_example = LOSSES[task]
         norms = (module for module in self.training.modules() if isinstance(module, _BatchNorm))
         self._busy = threading.Lock()
@@ -58,6 +58,20 @@ class Problem:
     def model(self) -> Tree:
         """The module's initial {"params", "buffers"}, as fresh tensors."""
         return read_from(self.training)
+
+    def forget(self) -> None:
+        """Let go of the initial model, for who keeps it elsewhere: `model` may not be called afterwards."""
+        empty: dict[Tensor, Tensor] = {}
+        for module in (*self.training.modules(), *self.evaluation.modules()):
+            for name, value in (
+                *module.named_parameters(recurse=False, remove_duplicate=False),
+                *module.named_buffers(recurse=False, remove_duplicate=False),
+            ):
+                if not isinstance(value, nn.Parameter):
+                    empty.setdefault(value, value.to("meta"))
+                elif value.requires_grad:
+                    empty.setdefault(value, nn.Parameter(value.detach().to("meta")))
+                setattr(module, name, empty.get(value, value))
 
     def loss(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Params]:
         """Per-example losses [B] in training mode, and the buffers after the pass (BatchNorm)."""
@@ -96,10 +110,10 @@ class Problem:
 
         inputs [>= 2, ...], targets likewise: a few examples. classes: how many labels there are.
         """
-        model = self.model()
+        buffers = {name: value.clone() for name, value in self.evaluation.named_buffers()}
         try:
             with torch.no_grad():
-                outputs = functional_call(self.evaluation, (model["params"], model["buffers"]), (inputs,))
+                outputs = functional_call(self.evaluation, buffers, (inputs,))
         except Exception as error:
             raise ConfigError(
                 f"the model does not run on this data: {error}",
@@ -131,7 +145,7 @@ class Problem:
 
     def parameters(self) -> int:
         """How many trainable numbers the model has."""
-        return sum(leaf.numel() for leaf in trees.leaves(self.model()["params"]))
+        return sum(value.numel() for value in self.training.parameters() if value.requires_grad)
 
 
 def load_into(module: nn.Module, model: Tree) -> None:

@@ -60,6 +60,7 @@ class Seat:
     progress: Mapping[str, int] = field(default_factory=dict)
     attempt: tuple[str, int] = ("", 0)  # the process that is or was connected, and its how many-th
     tasks: int = 0  # that it was given and has not answered
+    waiting: int = 0  # uploads that the server has not let begin
     alarm: asyncio.TimerHandle | None = None
 
 
@@ -227,7 +228,8 @@ class Hub:
 
     def take(self, site: str, seat: Seat, message: Message) -> None:
         """What a site says. Raises BadMessage for what it may not say."""
-        if not isinstance(message, Beat) or message.progress != seat.progress or not seat.tasks:
+        moves = not isinstance(message, Beat) or message.progress != seat.progress
+        if moves or seat.waiting or not seat.tasks:
             seat.seen = self.loop.time()
         if isinstance(message, Beat):
             seat.progress = message.progress

@@ -34,11 +34,13 @@ from coterie.backends.network.messages import (
 )
 from coterie.backends.network.transfer import uncut
 from coterie.core.errors import CoterieError
-from coterie.storage import Blobs, Corrupt
+from coterie.storage import Blob, Blobs, Corrupt
 
 SERVICE = "coterie.v1.Federation"
 FEATURES = ("zstd", "trace")
 FAREWELL = 5.0  # seconds in which a site that must go may close the connection itself
+AT_ONCE = 8  # uploads: what is on its way is in memory, and who is served first is answered first
+SLOW = 2.0  # seconds without a chunk after which an upload is no longer one of these, and goes on beside them
 M = TypeVar("M", bound=Said)
 
 
@@ -63,6 +65,27 @@ class Anyone:
 
     name: str
     serial: int = 0
+
+
+class Turn:
+    """A place among the few uploads at a time, which who is slow gives up."""
+
+    def __init__(self, slots: asyncio.Semaphore) -> None:
+        self.slots, self._held = slots, True
+        self._timer = asyncio.get_running_loop().call_later(SLOW, self.end)
+
+    def renew(self) -> None:
+        """Something has arrived."""
+        self._timer.cancel()
+        if self._held:
+            self._timer = asyncio.get_running_loop().call_later(SLOW, self.end)
+
+    def end(self) -> None:
+        """The next one's turn."""
+        self._timer.cancel()
+        if self._held:
+            self._held = False
+            self.slots.release()
 
 
 class Server:
@@ -90,6 +113,7 @@ class Server:
         self.software, self.protocol = software, protocol
         self._joined: set[asyncio.Task[Any]] = set()
         self._uploads: dict[tuple[str, str], asyncio.Task[int]] = {}  # site, digest -> what receives it
+        self._slots = asyncio.Semaphore(AT_ONCE)
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
         """Listen; return the port. credentials: None exactly when there is no `authorise`."""
@@ -199,7 +223,7 @@ class Server:
         """Offer -> Have, then frames -> Have: less than the whole when a frame was damaged."""
         identity = await self._admit(context)
         offer = await _first(Offer, context)
-        site, up, blobs = identity.name, offer.up, self.hub.blobs
+        site, up = identity.name, offer.up
         if self.hub.given(site, offer.run, offer.id) is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"nobody waits for task {offer.id}")
         if up.size > (course := self.hub.runs[offer.run]).limit:
@@ -207,10 +231,27 @@ class Server:
             self.hub.lose(course, [offer.id], why)
             await context.abort(grpc.StatusCode.NOT_FOUND, why)
 
+        seat = self.hub.seat(site)
+        seat.waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            seat.waiting -= 1
+        turn = Turn(self._slots)
+        try:
+            await self._receive(context, identity, up, turn)
+        finally:
+            turn.end()
+
+    async def _receive(self, context: Any, identity: Identity, up: Blob, turn: Turn) -> None:
+        """Say what is here already, then take the rest."""
+        site, blobs = identity.name, self.hub.blobs
+
         async def frames() -> AsyncIterator[bytes]:
             while (frame := await uncut(context.read())) is not grpc.aio.EOF:
                 await self._check(context, identity)
                 self.hub.seat(site).seen = self.hub.loop.time()
+                turn.renew()
                 yield frame
 
         key = (site, up.digest)
@@ -231,6 +272,7 @@ class Server:
             finally:
                 if self._uploads.get(key) is job:
                     del self._uploads[key]
+        turn.end()
         await uncut(context.write(bytes(Have(held=held))))
         with suppress(
             TimeoutError
