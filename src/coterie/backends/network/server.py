@@ -33,7 +33,7 @@ from coterie.backends.network.messages import (
     parse,
 )
 from coterie.backends.network.transfer import uncut
-from coterie.core.errors import CoterieError
+from coterie.core.errors import CoterieError, RunError
 from coterie.storage import Blobs, Corrupt
 
 SERVICE = "coterie.v1.Federation"
@@ -228,6 +228,9 @@ class Server:
                 held = await job
             except Corrupt as error:
                 await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+            except RunError as error:
+                self.hub.tell("unwritable", site=site, run=offer.run, id=offer.id, error=error)
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server cannot write")
             finally:
                 if self._uploads.get(key) is job:
                     del self._uploads[key]
