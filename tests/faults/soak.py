@@ -47,8 +47,9 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--longest", type=float, default=4.0, help="seconds between kills")
     told = options.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        runs = soak(folder, told.kills, told.seed)
+        runs = soak(folder, told.kills, told.seed, told.longest)
     print(f"{told.kills} kills, {runs} runs: the same bits, no orphan; {time.monotonic() - start:.0f} s")

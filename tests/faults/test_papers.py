@@ -1,17 +1,22 @@
 """Certificates that do not fit, before a real server, and servers whose files are damaged."""
 
+import os
 import shutil
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 
 from coterie import security
 from coterie.backends.network import operators
 from coterie.backends.network.server import SERVICE
 from coterie.core import RunError
 from coterie.security.files import write_over
-from deployment import Deployment
+from deployment import LONG, SMALL, Deployment, undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +40,34 @@ def party(federation, folder, name, authority=None, days=30.0, now=None):
     write_over(at / "ca.crt", ours.certificate, mode=0o644)
 
 
-@pytest.mark.parametrize(("who", "why"), [("expired", "expired on"), ("stranger", "not signed by")])
+def signed_by_itself(folder):
+    """The certificate that an authority would have issued, but signed with its own key."""
+    issued = x509.load_pem_x509_certificate((folder / "tls.crt").read_bytes())
+    key = serialization.load_pem_private_key((folder / "tls.key").read_bytes(), None)
+    made = x509.CertificateBuilder(
+        issued.subject,
+        issued.subject,
+        issued.public_key(),
+        issued.serial_number,
+        issued.not_valid_before_utc,
+        issued.not_valid_after_utc,
+        [each for each in issued.extensions if not isinstance(each.value, x509.AuthorityKeyIdentifier)],
+    ).sign(key, hashes.SHA256())
+    write_over(folder / "tls.crt", made.public_bytes(serialization.Encoding.PEM), mode=0o644)
+
+
+@pytest.mark.parametrize(
+    ("who", "why"), [("expired", "expired on"), ("stranger", "not signed by"), ("itself", "self-signed")]
+)
 def test_a_certificate_that_is_not_good_opens_nothing_and_its_owner_says_why(federation, tmp_path, who, why):
     """The handshake fails before the server could say anything, so the site looks at its own certificate."""
     if who == "expired":
         party(federation, who, who, days=1.0, now=datetime.now(UTC) - timedelta(days=3))
-    else:
+    elif who == "stranger":
         party(federation, who, who, authority=security.Authority.create(tmp_path / "ca", "another"))
+    else:
+        party(federation, who, who)
+        signed_by_itself(federation.home / who)
     assert why in said(federation, who)
     mine = security.credentials(federation.home / who)
     with grpc.secure_channel(federation.address, operators.credentials(mine)) as channel:
@@ -107,3 +133,26 @@ def test_a_damaged_database_is_named_and_left_as_it_is(federation, tmp_path, how
         shutil.rmtree(home / "server")
         shutil.copytree(kept, home / "server")
         federation.start("server")
+
+
+def test_a_state_that_is_cut_short_is_named_and_the_run_goes_on_from_the_one_before(federation):
+    config, cut, home = (
+        {**SMALL, "schedule": {**LONG["schedule"], "rounds": 8}},
+        [],
+        federation.home / "server",
+    )
+
+    def damage(round):
+        if round < 4 or cut:
+            return
+        federation.kill("server")
+        with closing(sqlite3.connect(home / "state.sqlite3")) as database:
+            query = "select digest from commits where run = ? order by version desc"
+            cut.append(database.execute(query, (run,)).fetchone()[0])
+        os.truncate(home / "blobs" / run / cut[0], 1000)
+        federation.start("server")
+
+    run = federation.submit(config)
+    assert federation.watch(run, damage) == {"status": "finished", "error": ""}
+    assert f"{cut[0]} is" in federation.processes["server"].log.read_text()
+    assert federation.result(run)["model_digest"] == undisturbed(config)

@@ -7,10 +7,9 @@ import ssl
 
 from typer.testing import CliRunner
 
-from coterie import experiment, security
+from coterie import security
 from coterie.cli import app
-from deployment import Deployment
-from faults.test_kills import SCAFFOLD
+from deployment import LONG, Deployment, undisturbed
 
 
 def shown(port, folder):
@@ -46,7 +45,7 @@ def rows(home, run):
 
 
 def test_certificates_and_the_authority_are_replaced_within_a_run(tmp_path):
-    here = experiment.run(SCAFFOLD, out=tmp_path / "here").model_digest
+    here = undisturbed(LONG)
     home = tmp_path / "there"
     federation = Deployment(home, sites=1, server=("--ca", str(home / "ca")))
     ca, new = security.Authority.open(home / "ca"), home / "new"
@@ -86,7 +85,7 @@ def test_certificates_and_the_authority_are_replaced_within_a_run(tmp_path):
 
     try:
         federation.start()
-        run = federation.submit(SCAFFOLD)
+        run = federation.submit(LONG)
         assert federation.watch(run, meddle) == {"status": "finished", "error": ""}
         assert steps == {}
         assert federation.result(run)["model_digest"] == here

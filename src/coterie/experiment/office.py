@@ -153,7 +153,12 @@ class Office:
         return port
 
     def look(self) -> None:
-        """Close what was opened with certificates that were revoked since, by whomever. From any thread."""
+        """Close what was opened with certificates that were revoked since, by whomever. From any thread.
+
+        Raises what kept an update or the end of a run from being written: the disk is full, say.
+        """
+        if self.queue.lost:
+            raise self.queue.lost
         now = (self.authority or self.register).revoked()
         fresh, self.distrusted = now - self.distrusted, now
         for serial in fresh:
@@ -387,6 +392,8 @@ class Office:
             telemetry.TASKS.labels(facts["run"], "failed").inc()
             if facts.get("detail"):
                 log.warning("site %s, run %s:\n%s", facts["site"], facts["run"], facts["detail"])
+        elif what == "unwritable":
+            self.queue.lost = facts["error"]
         elif what == "assigned":
             telemetry.BYTES.labels("down").inc(facts["size"])
             self.note("sent", **facts)

@@ -86,6 +86,7 @@ class Queue:
         self.places: dict[str, Served | None] = {}  # of the runs at work; None: still being assembled
         self.asked: dict[str, CoterieError] = {}  # how a run that has no place yet is to end
         self.unwritten: dict[str, tuple[str, str]] = {}  # how runs ended, when the database could not be told
+        self.lost: CoterieError | None = None  # why not; this server must end
         self.closing = False
         self.unpacking = threading.Lock()
 
@@ -257,9 +258,10 @@ class Queue:
             if status not in ("", "finished"):  # which stands there already
                 try:
                     self.database.set_status(run.id, status, error)
-                except CoterieError as lost:  # for the database it is "running"
-                    self.unwritten[run.id] = status, error
+                except CoterieError as lost:  # for the database it is "running", so the next server goes on
+                    self.unwritten[run.id], self.lost = (status, error), lost
                     log.warning("run %s is %s, which could not be written: %s", run.id, status, lost)
+                    status = "interrupted"
             del self.places[run.id]
             self.asked.pop(run.id, None)
             with suppress(CoterieError):

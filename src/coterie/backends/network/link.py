@@ -366,6 +366,7 @@ class Link:
             for task in tasks:
                 self._done((run, task.id))
                 self._say(Failed(run=run, id=task.id, reason=line(f"site {self.site}: {error}")))
+                self.tell("failed", run=run, id=task.id, reason=str(error))
         finally:
             self.coming.difference_update((run, task.id) for task in tasks)
             self.desk.rest(down)

@@ -33,8 +33,8 @@ from coterie.backends.network.messages import (
     parse,
 )
 from coterie.backends.network.transfer import uncut
-from coterie.core.errors import CoterieError
-from coterie.storage import Blob, Blobs, Corrupt
+from coterie.core.errors import CoterieError, RunError
+from coterie.storage import Blobs, Corrupt
 
 SERVICE = "coterie.v1.Federation"
 FEATURES = ("zstd", "trace")
@@ -239,13 +239,13 @@ class Server:
             seat.waiting -= 1
         turn = Turn(self._slots)
         try:
-            await self._receive(context, identity, up, turn)
+            await self._receive(context, identity, offer, turn)
         finally:
             turn.end()
 
-    async def _receive(self, context: Any, identity: Identity, up: Blob, turn: Turn) -> None:
+    async def _receive(self, context: Any, identity: Identity, offer: Offer, turn: Turn) -> None:
         """Say what is here already, then take the rest."""
-        site, blobs = identity.name, self.hub.blobs
+        site, up, blobs = identity.name, offer.up, self.hub.blobs
 
         async def frames() -> AsyncIterator[bytes]:
             while (frame := await uncut(context.read())) is not grpc.aio.EOF:
@@ -269,6 +269,9 @@ class Server:
                 held = await job
             except Corrupt as error:
                 await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+            except RunError as error:
+                self.hub.tell("unwritable", site=site, run=offer.run, id=offer.id, error=error)
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server cannot write")
             finally:
                 if self._uploads.get(key) is job:
                     del self._uploads[key]
