@@ -3,6 +3,7 @@
 at: ["sent" or "heard", a kind of message, the how many-th of it], or null for at once. do: what happens then.
 """
 
+import atexit
 import os
 import random
 import signal
@@ -131,7 +132,10 @@ def main(arguments, fault, stdin, stdout, log):
         arm(**fault)
     from coterie.cli import main
 
-    main()
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # which a fork leaves out: spans are sent then
 
 
 class Forked:
