@@ -126,6 +126,29 @@ def test_ledgers_of_both_sides_tell_the_same_and_hold(federation):
     assert len(said["server"]) >= 6
 
 
+def test_a_private_run_ends_with_the_same_bits_and_the_ledgers_say_how_it_was_protected(federation, tmp_path):
+    """The noise of research, which repeats: integers from the operating system would not."""
+    clip = {"kind": "clip", "norm": 0.5}
+    noise = {"kind": "noise", "at": "client", "multiplier": 0.25, "delta": 1e-3, "protected": False}
+    algorithm = {**SMALL["algorithm"], "weighting": "uniform"}
+    private = {**SMALL, "name": "private", "algorithm": algorithm, "transforms": [clip, noise]}
+    here = experiment.run(private, out=tmp_path / "run")
+    bare = experiment.run({**private, "transforms": []}, out=tmp_path / "bare")
+    run = federation.submit(private)
+    assert federation.watch(run) == {"status": "finished", "error": ""}
+    result = federation.result(run)
+    assert result["model_digest"] == here.model_digest != bare.model_digest
+    assert result["privacy"]["claims"] == here.privacy["claims"]
+    for name in SITES:
+        key = security.public_of(security.load_signing_key(federation.home / name))
+        entries = verify(federation.home / name / "ledger.jsonl", key)
+        replies = [each.facts for each in entries if each.kind == "reply" and each.facts["run"] == run]
+        assert replies
+        for facts in replies:
+            assert (facts["clipping"], facts["noise"]) == (0.5, 0.25)
+            assert (facts["metrics"], facts["samples"], facts["weight"]) == ({}, 0, 1.0)
+
+
 def test_a_policy_refuses_by_its_rule(federation):
     policy = federation.home / "site-2" / "policy.toml"
     before = policy.read_text()

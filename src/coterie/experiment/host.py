@@ -302,10 +302,13 @@ class Host:
             self.sender.fail(run, task.id, reason or "it failed", security.redacted(self.policy, done.log))
             return
         metrics = security.allowed_metrics(self.policy, done.metrics)
+        asked = self.asked[run].privacy if run in self.asked and task.kind == "train" else None
+        named = {"clipping": "clipping_norm", "noise": "noise_multiplier"}
+        held = {name: asked[key] for name, key in named.items() if asked and asked.get(key) is not None}
         self.ledger.append(
             "reply", run=run, task=task.id, client=task.client, what=task.kind, round=task.round,
             digest=done.up.digest, bytes=done.up.size, weight=done.weight, metrics=metrics,
-            samples=done.samples,
+            samples=done.samples, **held,
         )  # fmt: skip
         self.sender.answer(run, task.id, done.up, done.weight, metrics, done.samples)
 
