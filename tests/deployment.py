@@ -94,6 +94,14 @@ class Deployment:
         for name in names if ready else ():
             self.processes[name].hear("listening on" if name == "server" else "is connected")
 
+    def joined(self):
+        """Wait until the sites that run are connected, after the server was away."""
+        deadline, wanted = time.monotonic() + 60, {*self.names} & {*self.processes}
+        with self.channel() as channel:
+            while wanted - {each["site"] for each in operators.ask(channel, "Sites") if each["connected"]}:
+                assert time.monotonic() < deadline, "the sites do not come back"
+                time.sleep(0.1)
+
     def kill(self, name):
         """SIGKILL, and wait until it is gone."""
         process = self.processes.pop(name)

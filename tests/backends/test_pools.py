@@ -54,6 +54,7 @@ class Stub:
 
 class Algorithm:
     aggregator = AGGREGATOR
+    transforms = ()
 
 
 def played(folds, device, *, width, relays, on_nan, failing=(), nan=()):

@@ -133,6 +133,7 @@ def test_a_damaged_database_is_named_and_left_as_it_is(federation, tmp_path, how
         shutil.rmtree(home / "server")
         shutil.copytree(kept, home / "server")
         federation.start("server")
+        federation.joined()
 
 
 def test_a_state_that_is_cut_short_is_named_and_the_run_goes_on_from_the_one_before(federation):
