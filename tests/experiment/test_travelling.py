@@ -71,8 +71,8 @@ KEY = bytes(range(32))
 def study(tmp_path_factory):
     """A folder with a config's files beside it, and more that it does not name."""
     folder = tmp_path_factory.mktemp("study")
-    (folder / "model.py").write_text(MODEL.format("layers"))
-    (folder / "layers.py").write_text(LAYERS)
+    (folder / "model.py").write_text(MODEL.format("stacks"))
+    (folder / "stacks.py").write_text(LAYERS)
     (folder / "train.py").write_text(FIT)
     (folder / "unnamed.py").write_text("raise SystemExit\n")
     package = folder / "brought_nets"
@@ -106,8 +106,8 @@ def digest_of(data):
 
 def test_what_a_config_names_travels_with_what_that_imports_and_no_more(study, tmp_path, monkeypatch):
     names = {each.filename for each in security.members(brought(study, CUSTOM))}
-    assert names == {"model.py", "layers.py", "train.py"}
-    assert {each.filename for each in security.members(brought(study))} == {"model.py", "layers.py"}
+    assert names == {"model.py", "stacks.py", "train.py"}
+    assert {each.filename for each in security.members(brought(study))} == {"model.py", "stacks.py"}
     monkeypatch.chdir(study)  # where a file is looked for when it is not beside the config
     assert code.gathered(replace(load(CONFIG), folder=tmp_path)) == brought(study)
     assert brought(study, SMALL) is None
@@ -285,7 +285,7 @@ def test_a_site_unpacks_what_its_policy_allows_once(people, study, tmp_path):
     data = brought(study)
     reason, link, (job,) = asked(people, tmp_path / "s", opening(people, data), data)
     assert (reason, link.fetched) == ("", 1)
-    assert {path.name for path in job.code.folder.iterdir()} == {"model.py", "layers.py"}
+    assert {path.name for path in job.code.folder.iterdir()} == {"model.py", "stacks.py"}
     policy = f'code = ["sha256:{digest_of(data)}"]\nsigners = ["operator"]\n'
     reason, link, _ = asked(people, tmp_path / "s", opening(people, data), data, policy)
     assert (reason, link.fetched) == ("", 0)
