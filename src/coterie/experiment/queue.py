@@ -14,7 +14,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -315,12 +315,10 @@ class Queue:
     def _assembled(self, text: str, id: str, package: str) -> Iterator[Parts]:
         """The parts of a config; what its package brings is in a process of its own."""
         config = replace(_config(text), folder=self.code)
-        if not package:
-            parts = assemble(config, data_dir=self.data_dir, trains=False)
-            refuse_uncalibrated(config, parts.promise)
-            yield parts
-            return
-        with Away(config, self._unpacked(id, package), self.folder / "code", self.data_dir) as model:
+        away: AbstractContextManager[Away | None] = nullcontext()
+        if package:
+            away = Away(config, self._unpacked(id, package), self.folder / "code", self.data_dir)
+        with away as model:
             parts = assemble(config, data_dir=self.data_dir, away=model, trains=False)
             refuse_uncalibrated(config, parts.promise)
             yield parts
