@@ -53,7 +53,7 @@ def transformed(algorithm: Algorithm, transforms: Sequence[Transform]) -> Algori
         return {**algorithm.broadcast(state), **({"hints": hints} if hints else {})}
 
     def finalize(state: Tree, aggregate: Tree, weight: float, count: int) -> Tree:
-        like = update_like(algorithm, state)
+        like = update_like(algorithm, state) if cohort else None  # as large as the model, so only if needed
         if aggregate is None:  # nobody replied: a sum of nothing is noised like any other
             task = Task(0, "", 0, 0, broadcast(state))
             stacked = encode(transforms, trees.map_tree(lambda leaf: leaf.unsqueeze(0), like), [task])
